@@ -1,0 +1,348 @@
+"""Model configuration: frozen dataclasses, validated when they are made.
+
+Numbers that change the arithmetic (theta, eps, scale, keep ratio) have no defaults: a preset or a
+converted checkpoint states each of them.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from videollm_mod_jax.errors import UserError
+
+LINEAR_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
+"""The seven linears of a decoder layer, in the order of their use; LoRA targets name them."""
+
+INSERTIONS = ("interleaved", "all", "all-deep", "interleaved-deep")
+SELECTIONS = ("learned", "uniform", "random")
+WEIGHTINGS = ("paper", "official", "tanh1", "none")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{field} is {value!r}; choose one of {', '.join(choices)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """The Llama 3.1 rescaling of rotary frequencies (`rope_type: llama3` in Hugging Face configs).
+
+    Wavelengths shorter than `original_max_positions / high_freq_factor` tokens are kept, those
+    longer than `original_max_positions / low_freq_factor` are stretched by `factor`, and those
+    between are interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A decoder of the Llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+    Attributes:
+      vocab_size: V, rows of the embedding table.
+      hidden_size: D, width of the residual stream.
+      mlp_size: I, width of the SwiGLU.
+      num_layers: L.
+      num_heads: H, query heads.
+      num_kv_heads: G, key/value heads; divides `num_heads`.
+      head_dim: E.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: the Llama 3.1 rescaling, or None.
+      norm_eps: added to the mean square in RMSNorm.
+      qkv_bias: biases on q, k and v (Qwen2).
+      tie_embeddings: the output head is the transposed embedding table.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    mlp_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    norm_eps: float
+    qkv_bias: bool
+    tie_embeddings: bool
+
+    def __post_init__(self):
+        for field in ("vocab_size", "hidden_size", "mlp_size", "num_layers", "num_kv_heads"):
+            value = getattr(self, field)
+            _require(value >= 1, f"decoder.{field} is {value}; it must be at least 1")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"decoder.num_heads is {self.num_heads}, which is not a multiple of "
+            f"decoder.num_kv_heads = {self.num_kv_heads}",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"decoder.head_dim is {self.head_dim}; rotary embedding needs an even number",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """Which decoder layers route vision tokens, and how (paper, sections 3.2 and 3.3).
+
+    Attributes:
+      insertion: the routed layers: `interleaved` (1, 3, 5, ...: the paper's default), `all`,
+        `all-deep` (2, 3, 4, ...), `interleaved-deep` (3, 5, 7, ...), or an explicit tuple of layer
+        indices; `()` routes nowhere, which is the full-computation baseline.
+      keep_ratio: share of each frame's tokens that a routed layer computes, one number or a tuple
+        with one entry per decoder layer (entries of layers that do not route are ignored). The
+        count is `ceil(keep_ratio * tokens_per_frame)`; 0 drops all vision tokens, 1 keeps all.
+      selection: `learned` takes the highest router scores; `uniform` takes evenly spaced tokens;
+        `random` takes tokens at random, fixed by (layer, position of the frame in the stream).
+      weighting: what multiplies a kept vision token's update f(x), where s is its router score:
+        `paper` x + s f(x) (equation 2); `official` sigmoid(s + b) (x + f(x)), as the authors' code
+        does; `tanh1` x + (1 + 0.2 tanh s) f(x) with a router that starts at zero, so that a
+        pretrained block starts unchanged (p-MoD, arXiv 2412.04449); `none` x + f(x), whose router
+        gets no gradient. Text tokens always get x + f(x).
+      force_keep_last: always keep a frame's last token, where the decision to stay silent is read.
+    """
+
+    insertion: str | tuple[int, ...]
+    keep_ratio: float | tuple[float, ...]
+    selection: str
+    weighting: str
+    force_keep_last: bool
+
+    def __post_init__(self):
+        if isinstance(self.insertion, str):
+            _require_choice("routing.insertion", self.insertion, INSERTIONS)
+        _require_choice("routing.selection", self.selection, SELECTIONS)
+        _require_choice("routing.weighting", self.weighting, WEIGHTINGS)
+        ratios = self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,)
+        for ratio in ratios:
+            _require(0 <= ratio <= 1, f"routing.keep_ratio is {ratio}; it must lie in [0, 1]")
+
+
+def full_computation() -> RoutingConfig:
+    """The paper's Full-computation baseline: every layer computes every token."""
+    return _baseline(insertion=())
+
+
+def early_exit(layer: int, num_layers: int) -> RoutingConfig:
+    """The paper's EarlyExit baseline: layers >= `layer` compute no vision token."""
+    return _baseline(insertion=tuple(range(layer, num_layers)))
+
+
+def layer_skip() -> RoutingConfig:
+    """The paper's LayerSkip baseline: every second layer computes no vision token."""
+    return _baseline(insertion="interleaved")
+
+
+def _baseline(insertion: str | tuple[int, ...]) -> RoutingConfig:
+    return RoutingConfig(
+        insertion=insertion,
+        keep_ratio=0.0,
+        selection="uniform",
+        weighting="none",
+        force_keep_last=False,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): y = x W + (alpha / rank) (dropout(x) A) B.
+
+    Attributes:
+      rank: R; 0 means no adapters.
+      alpha: numerator of the scale.
+      dropout: rate on the adapter's input while training.
+      targets: which linears carry an adapter: any of q, k, v, o, gate, up, down, lm_head.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self):
+        _require(self.rank >= 0, f"lora.rank is {self.rank}; it must be 0 or more")
+        _require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
+        for target in self.targets:
+            _require_choice("lora.targets", target, (*LINEAR_NAMES, "lm_head"))
+
+    def adapts(self, name: str) -> bool:
+        """Whether the linear called `name` carries an adapter."""
+        return self.rank > 0 and name in self.targets
+
+
+NO_LORA = LoraConfig(rank=0, alpha=1.0, dropout=0.0, targets=())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """A ViT that is SigLIP or CLIP by its fields, and how its patches become frame tokens.
+
+    Attributes:
+      image_size: side of the square input, pixels.
+      patch_size: side of a patch, pixels. What `image_size` leaves over at the right and bottom is
+        unseen, as in a convolution without padding (SigLIP so400m: 384 = 27 * 14 + 6).
+      width: W, width of the tower and of the frame tokens it gives.
+      mlp_width: width of its MLPs.
+      num_layers: transformer blocks.
+      num_heads: attention heads; divides `width`.
+      norm_eps: of every layer norm.
+      activation: `gelu_tanh` (SigLIP), `quick_gelu` (CLIP) or `gelu`.
+      summary: where a frame's CLS token comes from: `attention_pool` (SigLIP's pooling head) or
+        `class_token` (CLIP).
+      pool: (h, w): the patch grid is average-pooled to h x w spatial tokens; (0, 0) leaves the CLS
+        token alone (VideoLLM-online's one token per frame).
+      mean, std: per channel, of pixels scaled to [0, 1].
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    mlp_width: int
+    num_layers: int
+    num_heads: int
+    norm_eps: float
+    activation: str
+    summary: str
+    pool: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self):
+        _require_choice("vision.activation", self.activation, ("gelu_tanh", "quick_gelu", "gelu"))
+        _require_choice("vision.summary", self.summary, ("attention_pool", "class_token"))
+        _require(
+            1 <= self.patch_size <= self.image_size,
+            f"vision.patch_size is {self.patch_size}; it must lie between 1 and "
+            f"vision.image_size = {self.image_size}",
+        )
+        _require(
+            self.width % self.num_heads == 0,
+            f"vision.width is {self.width}, which is not a multiple of "
+            f"vision.num_heads = {self.num_heads}",
+        )
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """N: the CLS token and the pooled spatial tokens."""
+        return 1 + self.pool[0] * self.pool[1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoLLMConfig:
+    """Everything that `model.json` of a checkpoint says: the architecture and its number types.
+
+    Attributes:
+      decoder: the language model.
+      routing: Mixture-of-Depths over its vision tokens.
+      lora: its adapters.
+      vision: the frame encoder.
+      dtype: of activations and matrix products, `bfloat16` or `float32`.
+      param_dtype: of stored parameters.
+    """
+
+    decoder: DecoderConfig
+    routing: RoutingConfig
+    lora: LoraConfig
+    vision: VisionConfig
+    dtype: str
+    param_dtype: str
+
+    def __post_init__(self):
+        for field in ("dtype", "param_dtype"):
+            _require_choice(field, getattr(self, field), ("bfloat16", "float32"))
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """N, vision tokens per frame."""
+        return self.vision.tokens_per_frame
+
+    def to_dict(self) -> dict[str, Any]:
+        """A nested dict that JSON can hold; `from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "VideoLLMConfig":
+        """Reads what `to_dict` wrote.
+
+        Raises:
+          UserError: an unknown, missing or wrongly typed field, named.
+        """
+        return build(cls, values, "model")
+
+
+def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """Builds the frozen dataclass `cls` from nested plain values, refusing what does not fit.
+
+    Args:
+      cls: a dataclass of this module.
+      values: a mapping with exactly its field names; lists stand for tuples, as JSON has them.
+      where: the path of `values` in its file, for messages.
+
+    Raises:
+      UserError: an unknown, missing or wrongly typed field, named.
+    """
+    _require(isinstance(values, Mapping), f"{where} is {values!r}; expected a table of fields")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(hints)}"
+            raise UserError(f"{where}.{key} is not a known field; {hint}")
+    for key in hints:
+        _require(key in values, f"{where}.{key} is missing")
+    return cls(**{k: _convert(hints[k], values[k], f"{where}.{k}") for k in hints})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            if _fits(option, value):
+                return _convert(option, value, where)
+        raise UserError(f"{where} is {value!r}; expected {_spell(hint)}")
+    _require(_fits(hint, value), f"{where} is {value!r}; expected {_spell(hint)}")
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    if origin is tuple:
+        if Ellipsis in arguments:
+            return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        _require(len(value) == len(arguments), f"{where} is {value!r}; expected {_spell(hint)}")
+        return tuple(
+            _convert(h, v, f"{where}[{i}]")
+            for i, (h, v) in enumerate(zip(arguments, value, strict=True))
+        )
+    return float(value) if hint is float else value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if hint is types.NoneType:
+        return value is None
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, Mapping)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, (tuple, list))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _spell(hint: Any) -> str:
+    if isinstance(hint, type) and typing.get_origin(hint) is None:
+        return hint.__name__
+    return str(hint).replace("typing.", "").replace("videollm_mod_jax.models.config.", "")

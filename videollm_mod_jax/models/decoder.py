@@ -1,0 +1,281 @@
+"""The decoder: blocks of the Llama family, some of which route their vision tokens.
+
+One `Layer` serves training and streaming, dense and routed: a routed layer gathers the rows it
+computes, runs the same `Block` on them, and scatters the weighted update back; a chunk of a stream
+goes through the same code with a cache.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from videollm_mod_jax.models import routing
+from videollm_mod_jax.models.attention import apply_rope, attend, rope_frequencies
+from videollm_mod_jax.models.cache import Caches, LayerCache
+from videollm_mod_jax.models.config import VideoLLMConfig
+from videollm_mod_jax.models.layers import Linear, RMSNorm
+from videollm_mod_jax.models.plan import LayerSpec, Plan, config_plan, scan_groups
+
+Kept = tuple[jax.Array | None, ...]
+
+
+def _linear(config: VideoLLMConfig, name: str, features: int, axes: tuple[str, str]) -> Linear:
+    return Linear(
+        features=features,
+        axes=axes,
+        use_bias=config.decoder.qkv_bias and name in ("q", "k", "v"),
+        lora=config.lora if config.lora.adapts(name) else None,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        name=name,
+    )
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions, over the rows given or over a cache."""
+
+    config: VideoLLMConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, position_BT: jax.Array, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Returns [B, T, D] and the cache with these T tokens behind its entries."""
+        decoder = self.config.decoder
+        H, G, E = decoder.num_heads, decoder.num_kv_heads, decoder.head_dim
+        B, T, D = x_BTD.shape
+        q_BTHE = _linear(self.config, "q", H * E, ("embed", "heads"))(x_BTD).reshape(B, T, H, E)
+        k_BTGE = _linear(self.config, "k", G * E, ("embed", "kv_heads"))(x_BTD).reshape(B, T, G, E)
+        v_BTGE = _linear(self.config, "v", G * E, ("embed", "kv_heads"))(x_BTD).reshape(B, T, G, E)
+        frequencies = rope_frequencies(E, decoder.rope_theta, decoder.rope_scaling)
+        q_BTHE = apply_rope(q_BTHE, position_BT, frequencies)
+        k_BTGE = apply_rope(k_BTGE, position_BT, frequencies)
+        if cache is None:
+            out_BTHE = attend(q_BTHE, k_BTGE, v_BTGE, position_BT, position_BT)
+        else:
+            cache = cache.append(k_BTGE, v_BTGE, position_BT)
+            k_BCGE, v_BCGE = (x.astype(q_BTHE.dtype) for x in (cache.k_BCGE, cache.v_BCGE))
+            out_BTHE = attend(q_BTHE, k_BCGE, v_BCGE, position_BT, cache.position_BC)
+        out_BTD = _linear(self.config, "o", D, ("heads", "embed"))(out_BTHE.reshape(B, T, H * E))
+        return out_BTD, cache
+
+
+class Mlp(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    config: VideoLLMConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        mlp_size, hidden_size = self.config.decoder.mlp_size, x_BTD.shape[-1]
+        gate_BTI = _linear(self.config, "gate", mlp_size, ("embed", "mlp"))(x_BTD)
+        up_BTI = _linear(self.config, "up", mlp_size, ("embed", "mlp"))(x_BTD)
+        down = _linear(self.config, "down", hidden_size, ("mlp", "embed"))
+        return down(nn.silu(gate_BTI) * up_BTI)
+
+
+class Block(nn.Module):
+    """f of the paper's equation 2: what attention and MLP add to the residual stream.
+
+    With a router, the update comes out weighted. It is weighted here, and not by the caller, so
+    that rematerialisation of this function stores its compact input rows and nothing else.
+    """
+
+    config: VideoLLMConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BMD: jax.Array,
+        position_BM: jax.Array,
+        router: tuple[jax.Array, jax.Array, jax.Array] | None,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Computes the update of M rows.
+
+        Args:
+          x_BMD: rows of the residual stream.
+          position_BM: their positions in the stream.
+          router: (kernel_D, bias, is_vision_BM) of a routed layer, or None.
+          cache: of this layer, or None.
+
+        Returns:
+          update_BMD and the cache with the M rows appended.
+        """
+        eps, param_dtype = self.config.decoder.norm_eps, self.config.param_dtype
+        normed_BMD = RMSNorm(eps, param_dtype, name="attention_norm")(x_BMD)
+        a_BMD, cache = Attention(self.config, name="attention")(normed_BMD, position_BM, cache)
+        normed_BMD = RMSNorm(eps, param_dtype, name="mlp_norm")(x_BMD + a_BMD)
+        update_BMD = a_BMD + Mlp(self.config, name="mlp")(normed_BMD)
+        if router is not None:
+            kernel_D, bias, is_vision_BM = router
+            # Scores of the gathered rows are computed anew, so that their gradient needs no
+            # scatter of scalars.
+            score_BM = routing.router_scores(x_BMD, kernel_D) + bias
+            update_BMD = routing.weight_update(
+                self.config.routing.weighting, x_BMD, update_BMD, score_BM, is_vision_BM
+            )
+        return update_BMD, cache
+
+
+class Router(nn.Module):
+    """The LayerExpert: one score per vision token, mu = w . x (+ b in the authors' code)."""
+
+    config: VideoLLMConfig
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array | float]:
+        """Returns kernel_D and the bias (0.0 where the weighting has none)."""
+        weighting, param_dtype = self.config.routing.weighting, self.config.param_dtype
+        D = self.config.decoder.hidden_size
+        # tanh1 starts at zero so that the gate starts at 1; the others need scores that differ.
+        init = nn.initializers.normal(0.0 if weighting == "tanh1" else D**-0.5)
+        init = nn.with_logical_partitioning(init, ("embed",))
+        kernel_D = self.param("kernel", init, (D,), param_dtype)
+        if weighting != "official":
+            return kernel_D, 0.0
+        return kernel_D, self.param("bias", nn.initializers.zeros_init(), (), param_dtype)
+
+
+class Layer(nn.Module):
+    """One decoder layer: dense, or routed as its `LayerSpec` says."""
+
+    config: VideoLLMConfig
+    spec: LayerSpec
+    remat: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        position_BS: jax.Array,
+        frame_starts_BF: jax.Array,
+        layer_index: jax.Array | int,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+        """Returns the residual stream, the cache, and the kept offsets_BFK (None if dense)."""
+        # Only the block is rematerialised: gather and scatter stay outside, so a routed layer
+        # stores its M compact rows and not the whole sequence.
+        block = (nn.remat(Block, prevent_cse=False) if self.remat else Block)(
+            self.config, name="block"
+        )
+        S, keep = x_BSD.shape[1], self.spec.keep
+        N, settings = self.config.tokens_per_frame, self.config.routing
+        if keep is None:
+            update_BSD, cache = block(x_BSD, position_BS, None, cache)
+            return x_BSD + update_BSD, cache, None
+
+        kernel_D, bias = Router(self.config, name="router")()
+        if frame_starts_BF.shape[1] == 0:
+            update_BSD, cache = block(x_BSD, position_BS, None, cache)
+            return x_BSD + update_BSD, cache, jnp.zeros((x_BSD.shape[0], 0, keep), jnp.int32)
+
+        B, F = frame_starts_BF.shape
+        vision_BR = routing.vision_rows(frame_starts_BF, N)
+        score_BS = routing.router_scores(jax.lax.stop_gradient(x_BSD), kernel_D)
+        offsets_BFK = routing.select_tokens(
+            routing.selection_scores(
+                settings.selection,
+                routing.gather_rows(score_BS, vision_BR).reshape(B, F, N),
+                jnp.take_along_axis(position_BS, frame_starts_BF, axis=1),
+                layer_index,
+                keep,
+                settings.force_keep_last,
+            ),
+            keep,
+        )
+        rows_BM, is_vision_BM = routing.compact_rows(frame_starts_BF, offsets_BFK, S, N)
+        update_BMD, cache = block(
+            routing.gather_rows(x_BSD, rows_BM),
+            jnp.take_along_axis(position_BS, rows_BM, axis=1),
+            (kernel_D, bias, is_vision_BM),
+            cache,
+        )
+        return routing.scatter_add_rows(x_BSD, rows_BM, update_BMD), cache, offsets_BFK
+
+
+class Period(nn.Module):
+    """The unlike layers that a scan repeats, e.g. (dense, routed)."""
+
+    config: VideoLLMConfig
+    specs: Plan
+    remat: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        layer_index: jax.Array,
+        position_BS: jax.Array,
+        frame_starts_BF: jax.Array,
+    ) -> tuple[jax.Array, Kept]:
+        """Runs the period whose first layer is `layer_index`."""
+        kept = []
+        for j, spec in enumerate(self.specs):
+            layer = Layer(self.config, spec, self.remat, name=f"layer_{j}")
+            x_BSD, _, offsets = layer(x_BSD, position_BS, frame_starts_BF, layer_index + j, None)
+            kept.append(offsets)
+        return x_BSD, tuple(kept)
+
+
+class Decoder(nn.Module):
+    """All layers and the final norm.
+
+    Attributes:
+      config: the model.
+      scan: True scans over the plan's periods (parameters `group_*`, fast to compile, training
+        without caches); False unrolls (parameters `layer_*`, one cache per layer).
+      remat: recompute blocks in the backward pass.
+    """
+
+    config: VideoLLMConfig
+    scan: bool
+    remat: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        position_BS: jax.Array,
+        frame_starts_BF: jax.Array,
+        caches: Caches | None,
+    ) -> tuple[jax.Array, Caches | None, Kept]:
+        """Returns normed hidden states, the caches, and the kept offsets_BFK of every layer."""
+        x_BSD = nn.with_logical_constraint(x_BSD, ("batch", "sequence", "residual"))
+        if self.scan:
+            if caches is not None:
+                raise ValueError("a scanned decoder has no caches; decode with scan=False")
+            x_BSD, kept = self._scan(x_BSD, position_BS, frame_starts_BF)
+        else:
+            plan = config_plan(self.config)
+            kept, new_caches = [], []
+            for i, spec in enumerate(plan):
+                layer = Layer(self.config, spec, self.remat, name=f"layer_{i}")
+                cache = None if caches is None else caches[i]
+                x_BSD, cache, offsets = layer(x_BSD, position_BS, frame_starts_BF, i, cache)
+                kept.append(offsets)
+                new_caches.append(cache)
+            caches = None if caches is None else tuple(new_caches)
+        norm = RMSNorm(self.config.decoder.norm_eps, self.config.param_dtype, name="norm")
+        return norm(x_BSD), caches, tuple(kept)
+
+    def _scan(
+        self, x_BSD: jax.Array, position_BS: jax.Array, frame_starts_BF: jax.Array
+    ) -> tuple[jax.Array, list[jax.Array | None]]:
+        kept, first = [], 0
+        for g, (specs, repeats) in enumerate(scan_groups(config_plan(self.config))):
+            period = nn.scan(
+                Period,
+                length=repeats,
+                variable_axes={"params": 0, "lora": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(self.config, specs, self.remat, name=f"group_{g}")
+            starts = first + len(specs) * jnp.arange(repeats)
+            x_BSD, stacked = period(x_BSD, starts, position_BS, frame_starts_BF)
+            for r in range(repeats):
+                kept += [None if offsets is None else offsets[r] for offsets in stacked]
+            first += len(specs) * repeats
+        return x_BSD, kept

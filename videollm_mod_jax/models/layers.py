@@ -1,0 +1,133 @@
+"""Linear, RMSNorm and the low-rank adapters that a Linear may carry.
+
+Parameters declare logical axis names (`embed`, `heads`, `kv_heads`, `mlp`, `vocab`, `lora_rank`,
+`layers`); what they mean on a mesh is said once, in `training/sharding.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models.config import LoraConfig
+
+kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x²) + eps) * scale over the last axis, computed in float32, in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (normed * scale_D.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learnt scale, one at the start."""
+
+    eps: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
+        return rms_norm(x, self.param("scale", init, (x.shape[-1],), self.param_dtype), self.eps)
+
+
+class Linear(nn.Module):
+    """y = x W (+ b) (+ the low-rank update of LoRA).
+
+    The adapter lives in its own variable collection, `lora`, so that its gradients, optimizer state
+    and checkpoints are just that tree. Dropout acts on the adapter's input when the caller of
+    `apply` gives a `dropout` rng, which is what training does.
+
+    Attributes:
+      features: width of the output.
+      axes: logical names of the kernel's (input, output) axes.
+      use_bias: whether b exists.
+      lora: the adapter's configuration, or None for a linear without one.
+      dtype: of the product.
+      param_dtype: of kernel, bias and adapter.
+      out_dtype: of the output; None means `dtype`.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    use_bias: bool
+    lora: LoraConfig | None
+    dtype: Any
+    param_dtype: Any
+    out_dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
+        """[..., in] -> [..., features]; a tied head passes its `kernel` [in, features]."""
+        axis_in, axis_out = self.axes
+        out_dtype = self.out_dtype or self.dtype
+        shape = (x.shape[-1], self.features)
+        if kernel is None:
+            init = nn.with_logical_partitioning(kernel_init, self.axes)
+            kernel = self.param("kernel", init, shape, self.param_dtype)
+        x = x.astype(self.dtype)
+        y = _product(x, kernel, self.dtype, out_dtype)
+        if self.use_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (axis_out,))
+            bias = self.param("bias", init, (self.features,), self.param_dtype)
+            y = y + bias.astype(out_dtype)
+        if self.lora is not None:
+            a = self._adapter("a", kernel_init, (axis_in, "lora_rank"), (shape[0], self.lora.rank))
+            zeros = nn.initializers.zeros_init()
+            b = self._adapter("b", zeros, ("lora_rank", axis_out), (self.lora.rank, shape[1]))
+            if self.lora.dropout > 0 and self.has_rng("dropout"):
+                x = nn.Dropout(self.lora.dropout, deterministic=False)(x)
+            low_rank = _product(x, a, self.dtype, self.dtype)
+            scale = self.lora.alpha / self.lora.rank
+            y = y + scale * _product(low_rank, b, self.dtype, out_dtype)
+        return y
+
+    def _adapter(self, name: str, init: Any, axes: tuple[str, str], shape: tuple[int, int]):
+        def make():
+            boxed = nn.with_logical_partitioning(init, axes)
+            return boxed(self.make_rng("params"), shape, self.param_dtype)
+
+        return self.variable("lora", name, make).value
+
+
+def _product(x: jax.Array, kernel: jax.Array, dtype: Any, out_dtype: Any) -> jax.Array:
+    return jnp.matmul(x, kernel.astype(dtype), preferred_element_type=out_dtype)
+
+
+def merge_lora(variables: Mapping[str, Any], lora: LoraConfig) -> dict[str, Any]:
+    """Adds every adapter to its kernel: W + (alpha / rank) A B.
+
+    Args:
+      variables: `{'params': ..., 'lora': ...}`, layers stacked or not.
+      lora: the adapters' configuration.
+
+    Returns:
+      `{'params': ...}`, which computes the same without adapters.
+
+    Raises:
+      UserError: an adapter on a tied output head, which has no kernel of its own.
+    """
+
+    def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], path: str) -> dict[str, Any]:
+        merged = dict(params)
+        if "a" in adapters and "b" in adapters:
+            if "kernel" not in params:
+                raise UserError(
+                    f"the adapter at {path} sits on a tied output head and cannot be merged; "
+                    "untie the embeddings or leave lm_head out of lora.targets"
+                )
+            update = jnp.matmul(adapters["a"], adapters["b"], precision="highest")
+            kernel = params["kernel"]
+            merged["kernel"] = (kernel + lora.alpha / lora.rank * update).astype(kernel.dtype)
+            return merged
+        for name, child in adapters.items():
+            merged[name] = merge(params.get(name, {}), child, f"{path}/{name}")
+        return merged
+
+    return {"params": merge(variables["params"], variables.get("lora", {}), "")}

@@ -1,0 +1,145 @@
+"""The whole model: frame encoder, connector, embedding, decoder, output head."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from videollm_mod_jax.models import routing
+from videollm_mod_jax.models.cache import Caches
+from videollm_mod_jax.models.config import VideoLLMConfig
+from videollm_mod_jax.models.connector import Connector
+from videollm_mod_jax.models.decoder import Decoder, Kept
+from videollm_mod_jax.models.layers import Linear
+from videollm_mod_jax.models.vision import VisionTower
+
+
+@flax.struct.dataclass
+class Output:
+    """What a forward pass gives.
+
+    Attributes:
+      logits_BJV: float32, at the positions asked for.
+      caches: one `LayerCache` per layer with this chunk appended, or None.
+      kept: per layer, int32 offsets_BFK of the kept tokens inside their frame; None for a dense
+        layer.
+    """
+
+    logits_BJV: jax.Array
+    caches: Caches | None
+    kept: Kept
+
+
+class VideoLLM(nn.Module):
+    """A streaming video LLM with Mixture-of-Depths (arXiv 2408.16730).
+
+    Attributes:
+      config: the architecture.
+      scan: stack the decoder's layers and scan over them: training. False: decoding.
+      remat: recompute decoder blocks in the backward pass.
+    """
+
+    config: VideoLLMConfig
+    scan: bool = False
+    remat: bool = False
+
+    def setup(self):
+        """Makes the parts, under the names their parameters have."""
+        config, decoder = self.config, self.config.decoder
+        self.vision = VisionTower(config.vision, config.dtype, config.param_dtype)
+        self.connector = Connector(decoder.hidden_size, config.dtype, config.param_dtype)
+        init = nn.initializers.normal(decoder.hidden_size**-0.5)
+        self.embedding_VD = self.param(
+            "embedding",
+            nn.with_logical_partitioning(init, ("vocab", "embed")),
+            (decoder.vocab_size, decoder.hidden_size),
+            config.param_dtype,
+        )
+        self.decoder = Decoder(config, self.scan, self.remat)
+        self.lm_head = Linear(
+            features=decoder.vocab_size,
+            axes=("embed", "vocab"),
+            use_bias=False,
+            lora=config.lora if config.lora.adapts("lm_head") else None,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            out_dtype=jnp.float32,
+        )
+
+    def __call__(
+        self,
+        tokens_BS: jax.Array,
+        features_BFNW: jax.Array,
+        frame_starts_BF: jax.Array,
+        logit_positions_BJ: jax.Array,
+        position_BS: jax.Array | None = None,
+        caches: Caches | None = None,
+    ) -> Output:
+        """Runs a batch of sequences, or appends a chunk of each to its caches.
+
+        Text and frames lie in one flat sequence in the order of the stream, padding at the tail:
+
+        ```
+        tokens        b [ 0 0 0 , 0 0 0 ] A x e        N = 3
+        frame_starts      2       6                    0 stands in vision slots
+        ```
+
+        Dropout (of LoRA) is active when `apply` is given a `dropout` rng.
+
+        Args:
+          tokens_BS: int32 text ids; vision and padding slots hold any valid id.
+          features_BFNW: frame tokens from `encode`; F may be 0.
+          frame_starts_BF: int32 index of the first token of every frame in this sequence.
+          logit_positions_BJ: int32 indices of the tokens whose next-token logits are wanted.
+          position_BS: int32 positions in the stream, EMPTY for padding of a cached chunk; None
+            means 0, 1, 2, ...
+          caches: of the earlier stream, or None.
+
+        Returns:
+          `Output`.
+        """
+        if position_BS is None:
+            position_BS = jnp.broadcast_to(
+                jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape
+            )
+        x_BSD = self.embedding_VD[tokens_BS].astype(self.config.dtype)
+        B, F, N, _ = features_BFNW.shape
+        if F > 0:
+            vision_BFND = self.connector(features_BFNW)
+            rows_BR = routing.vision_rows(frame_starts_BF, N)
+            x_BSD = routing.set_rows(x_BSD, rows_BR, vision_BFND.reshape(B, F * N, -1))
+        hidden_BSD, caches, kept = self.decoder(x_BSD, position_BS, frame_starts_BF, caches)
+        judged_BJD = jnp.take_along_axis(hidden_BSD, logit_positions_BJ[:, :, None], axis=1)
+        tied = self.config.decoder.tie_embeddings
+        logits_BJV = self.lm_head(judged_BJD, self.embedding_VD.T if tied else None)
+        return Output(logits_BJV=logits_BJV, caches=caches, kept=kept)
+
+    def encode(self, images_BCCA: jax.Array) -> jax.Array:
+        """Frames to frame tokens.
+
+        Args:
+          images_BCCA: float [B, image_size, image_size, 3], normalised by `vision.preprocess`.
+
+        Returns:
+          features_BNW in the compute dtype: the CLS token, then the pooled patches row by row.
+        """
+        return self.vision(images_BCCA)
+
+    def init_all(self) -> None:
+        """Touches every part, so that one `init` makes every parameter."""
+        config = self.config.vision
+        N = config.tokens_per_frame
+        self.encode(jnp.zeros((1, config.image_size, config.image_size, 3), jnp.float32))
+        self(
+            tokens_BS=jnp.zeros((1, N + 1), jnp.int32),
+            features_BFNW=jnp.zeros((1, 1, N, config.width), jnp.float32),
+            frame_starts_BF=jnp.ones((1, 1), jnp.int32),
+            logit_positions_BJ=jnp.zeros((1, 1), jnp.int32),
+        )
+
+
+def init_variables(model: VideoLLM, key: jax.Array) -> dict[str, Any]:
+    """Random weights: `{'params': ...}`, and `'lora'` with adapters, as plain arrays."""
+    return nn.meta.unbox(model.init(key, method="init_all"))
