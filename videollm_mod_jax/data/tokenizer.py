@@ -1,0 +1,214 @@
+"""Any Hugging Face `tokenizer.json`, checked to encode a live dialogue as it encodes a whole one."""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from videollm_mod_jax.data import dialogue, files
+from videollm_mod_jax.errors import UserError
+
+BOS, EOS = "<|begin_of_text|>", "<|eot_id|>"
+# Words and single digits with the space before them, single marks, single line ends: a line end never
+# merges with its neighbours, and ten digits need ten tokens, which suits a vocabulary of hundreds.
+_BPE_PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\n|[^\S\n]+"
+
+
+class Encoding(NamedTuple):
+    """Token ids (n,) int32 and the character span of each token (n, 2) int32, half open.
+
+    Tokens that are parts of one character all carry that character's span.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+
+class Tokenizer:
+    """Text to token ids and back, with the placeholder `<v>` known at run time only.
+
+    Attributes:
+      bos: text of the token that begins a sequence, "" when there is none.
+      eos: text of the token that ends an answer.
+      eos_id: its id.
+      interval_id: id of the token `,` between two frames, by which the model stays silent.
+      placeholder_id: id of `<v>` in an `Encoding`; it is not in the vocabulary of the model.
+      vocab_size: one more than the largest id, without the placeholder.
+    """
+
+    def __init__(self, definition: str, bos: str, eos: str, source: str = "tokenizer"):
+        """Wraps a tokenizer.
+
+        Args:
+          definition: the content of a `tokenizer.json`.
+          bos: text of the token that begins a sequence, "" for none.
+          eos: text of the token that ends an answer.
+          source: what error messages call it.
+
+        Raises:
+          UserError: the definition cannot be read, bos, eos or the interval is not one token, or a
+            dialogue in pieces has other ids than the same dialogue as a whole.
+        """
+        self._definition = definition
+        self.bos, self.eos = bos, eos
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(definition)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"{source}: not a Hugging Face tokenizer.json: {error}") from error
+        placeholder = tokenizers.AddedToken(dialogue.PLACEHOLDER, special=True, normalized=False)
+        known = self._tokenizer.get_vocab()
+        known.pop(dialogue.PLACEHOLDER, None)
+        self.vocab_size = max(known.values()) + 1
+        for name, token in (("bos", bos), ("eos", eos)):
+            if token and token not in known:
+                raise UserError(f"{source}: {name} {token!r} is not a token of its vocabulary")
+        self._tokenizer.add_special_tokens(
+            [placeholder]
+            + [tokenizers.AddedToken(t, special=True, normalized=False) for t in (bos, eos) if t]
+        )
+        # Templates are ours, and exact spans are needed: some post-processors trim the spaces.
+        self._tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        self.eos_id = known[eos]
+        self.placeholder_id = self._tokenizer.token_to_id(dialogue.PLACEHOLDER)
+        interval = self.encode(dialogue.PLACEHOLDER + dialogue.INTERVAL + dialogue.PLACEHOLDER).ids
+        if len(interval) != 3:
+            raise UserError(
+                f"{source}: the interval {dialogue.INTERVAL!r} between two frames: expected one "
+                f"token, found {len(interval) - 2}; use another tokenizer"
+            )
+        self.interval_id = int(interval[1])
+        self._check_pieces(source)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, bos: str | None = None, eos: str | None = None
+    ) -> "Tokenizer":
+        """Reads a `tokenizer.json`, and bos and eos from the `tokenizer_config.json` beside it.
+
+        Args:
+          path: the file, or a directory that holds it.
+          bos: overrides the config's `bos_token` ("" for none).
+          eos: overrides the config's `eos_token`.
+
+        Raises:
+          UserError: a missing or unreadable file, no eos, or what `__init__` refuses.
+        """
+        path = pathlib.Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        config = {}
+        beside = path.with_name("tokenizer_config.json")
+        try:
+            definition = path.read_text(encoding="utf-8")
+            if beside.is_file():
+                config = json.loads(beside.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot read the tokenizer: {error}") from error
+        except json.JSONDecodeError as error:
+            raise UserError(f"{beside}: not JSON: {error}") from error
+        bos = _token_text(config, "bos_token") if bos is None else bos
+        eos = _token_text(config, "eos_token") if eos is None else eos
+        if not eos:
+            raise UserError(
+                f"{path}: the tokenizer has no eos token; write 'eos_token' in {beside.name} beside "
+                "it or name the token that ends an answer"
+            )
+        return cls(definition, bos, eos, source=str(path))
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes `tokenizer.json` (as it was read) and `tokenizer_config.json` for `load`."""
+        config = json.dumps({"bos_token": self.bos, "eos_token": self.eos}, indent=2)
+        contents = {"tokenizer.json": self._definition, "tokenizer_config.json": config}
+        for name, content in contents.items():
+            with files.written_aside(pathlib.Path(directory) / name) as aside:
+                aside.write_text(content, encoding="utf-8")
+
+    def encode(self, text: str) -> Encoding:
+        """Encodes a text; nothing is added to it."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return Encoding(
+            np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens such as eos."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def _check_pieces(self, source: str) -> None:
+        """Compares the pieces that a live session encodes with the same places of the whole text."""
+        whole = self.encode("".join(text for text, _ in _probe_pieces(self.bos, self.eos))).ids
+        at = 0
+        for text, answered in _probe_pieces(self.bos, self.eos):
+            if answered:  # the model says it, token by token; nothing encodes it alone
+                at += 1 + int(np.argmax(whole[at:] == self.eos_id))
+                continue
+            ids = self.encode(text).ids
+            if not np.array_equal(whole[at : at + len(ids)], ids):
+                raise UserError(
+                    f"{source}: the piece {text!r} encoded alone differs from the same text inside "
+                    "a dialogue, so a live session would not match training; use another tokenizer"
+                )
+            at += len(ids)
+
+
+def _probe_pieces(bos: str, eos: str) -> list[tuple[str, bool]]:
+    """A dialogue as (piece, said by the model), with every seam that a live session can have."""
+    frame = dialogue.PLACEHOLDER * 2
+    opening = dialogue.opening("Watch the video.", bos)
+    return [
+        (opening + dialogue.STREAM_OPEN, False),
+        (frame, False),
+        (dialogue.INTERVAL, False),
+        (frame, False),
+        (dialogue.ANSWER_PROMPT, False),
+        (" A cat." + eos, True),
+        (dialogue.STREAM_OPEN, False),
+        (frame, False),
+        (dialogue.question_prompt("How many?", stream_open=True), False),
+        (" 2" + eos, True),
+        (dialogue.question_prompt("Where", stream_open=False), False),
+        (" here" + eos, True),
+    ]
+
+
+def train_bpe(lines: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a small byte-level BPE; the same lines give the same tokenizer, byte by byte.
+
+    Args:
+      lines: texts, such as rendered dialogues; placeholders and special tokens in them are cut out.
+      vocab_size: at most this many tokens, of which 256 are the bytes and two are bos and eos.
+
+    Raises:
+      UserError: `vocab_size` has no room for the bytes and the special tokens.
+    """
+    if vocab_size < 258:
+        raise UserError(
+            f"vocab_size: expected 258 (256 bytes, bos, eos) or more, found {vocab_size}"
+        )
+    special = re.compile("|".join(map(re.escape, (BOS, EOS, dialogue.PLACEHOLDER))))
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_BPE_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((part for line in lines for part in special.split(line)), trainer)
+    return Tokenizer(bpe.to_str(), BOS, EOS, source="trained BPE")
+
+
+def _token_text(config: dict, key: str) -> str:
+    token = config.get(key) or ""
+    return token["content"] if isinstance(token, dict) else token
