@@ -1,0 +1,73 @@
+"""Disturbs what the model has said before, so that it looks at the video and not at its own words.
+
+Training gives the model the true history of its answers; live it only has its own. Following
+VideoLLM-online (data/stream.py) and VideoLLM-MoD (arXiv 2408.16730, section 4), now and then one
+narration of a training example is moved in time, or its text is replaced by that of another
+narration, and nothing is learnt beside it.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from videollm_mod_jax.data.dialogue import Assistant, Conversation, Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Disturbance:
+    """How often and how far.
+
+    Attributes:
+      probability: that a conversation is disturbed.
+      window: frames by which a narration may be moved, earlier or later.
+    """
+
+    probability: float
+    window: int
+
+
+def disturb(conversation: Conversation, how: Disturbance, rng: np.random.Generator) -> Conversation:
+    """Moves one narration by up to `window` frames and/or gives it another narration's text.
+
+    A narration is an answer between two streams; both streams keep one frame at least, and the frames
+    in all stay the same. Learning stops in the frame before the earlier of the true and the new time,
+    the disturbed text is not learnt, and learning starts again with the next answer:
+
+        Stream(4) A Stream(5, learn=4) B     A moved one frame earlier, said with the text of C:
+        Stream(3, learn=2) C' Stream(6, learn=0) B
+
+    Conversations without a narration that can be disturbed come back unchanged.
+    """
+    places = [
+        i
+        for i in range(1, len(conversation) - 1)
+        if isinstance(conversation[i], Assistant)
+        and isinstance(conversation[i - 1], Stream)
+        and isinstance(conversation[i + 1], Stream)
+    ]
+    if not places or rng.random() >= how.probability:
+        return conversation
+    i = int(rng.choice(places))
+    before, said, after = conversation[i - 1 : i + 2]
+    texts = sorted({conversation[j].text for j in places} - {said.text})
+    shifts = [
+        shift
+        for shift in range(-how.window, how.window + 1)
+        if shift and before.num_frames + shift >= 1 and after.num_frames - shift >= 1
+    ]
+    kinds = [
+        (s, t) for s in (False, True) for t in (False, True) if (s and shifts) or (t and texts)
+    ]
+    if not kinds:
+        return conversation
+    move, replace = kinds[rng.integers(len(kinds))]
+    shift = int(rng.choice(shifts)) if move and shifts else 0
+    text = str(rng.choice(texts)) if replace and texts else said.text
+    untouched = before.num_frames + min(shift, 0) - 1
+    return (
+        *conversation[: i - 1],
+        Stream(before.num_frames + shift, learn=min(before.learn_frames, untouched)),
+        Assistant(text, learn=False),
+        Stream(after.num_frames - shift, learn=0),
+        *conversation[i + 2 :],
+    )

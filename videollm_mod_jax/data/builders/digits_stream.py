@@ -1,0 +1,97 @@
+"""`digits_stream` as a TFDS dataset (ArrayRecord, without TensorFlow)."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+from rich import progress
+
+from videollm_mod_jax.data import digits
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class DigitsConfig(tfds.core.BuilderConfig):
+    """How much to draw; the name, and so the directory, follows from the numbers.
+
+    Attributes:
+      train, validation, test: streams per split.
+      frames: frames per stream.
+      seed: of the generator; the splits differ for every seed.
+    """
+
+    name: str = dataclasses.field(init=False, default="")
+    train: int = 3000
+    validation: int = 64
+    test: int = 200
+    frames: int = 20
+    seed: int = 0
+
+    def __post_init__(self):
+        self.name = f"{self.train}-{self.validation}-{self.test}-f{self.frames}-s{self.seed}"
+
+
+class DigitsStream(tfds.core.GeneratorBasedBuilder):
+    """Narrated streams of handwritten digits; see `data/digits.py`.
+
+    Features: id; frames (F, 48, 48) uint8; fps; turns (role, time, text); places (F, 9) int8, the
+    class of the digit at each place, -1 where none.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = (DigitsConfig(),)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        frames, side = self.builder_config.frames, digits.CANVAS
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Handwritten digits that appear, move and leave, with timed narrations.",
+            homepage="https://scikit-learn.org/stable/datasets/toy_dataset.html",
+            # Record i of a split is stream i, so that features stored in order match it.
+            disable_shuffling=True,
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": tfds.features.Text(),
+                    "frames": tfds.features.Tensor(
+                        shape=(frames, side, side), dtype=np.uint8, encoding="zlib"
+                    ),
+                    "fps": np.float32,
+                    "turns": tfds.features.Sequence(
+                        {
+                            "role": tfds.features.Text(),
+                            "time": np.float32,
+                            "text": tfds.features.Text(),
+                        }
+                    ),
+                    "places": tfds.features.Tensor(shape=(frames, 9), dtype=np.int8),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        del dl_manager  # everything is drawn
+        return {
+            split: self._generate_examples(split, getattr(self.builder_config, split))
+            for split in digits.SPLITS
+        }
+
+    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict]]:
+        config = self.builder_config
+        for index in progress.track(range(count), f"Drawing {split} streams"):
+            yield index, digits.make_stream(split, index, config.seed, config.frames)
+
+
+def prepare(data_dir: str | os.PathLike, config: DigitsConfig) -> tfds.core.DatasetBuilder:
+    """Draws the dataset below `data_dir` unless it is there; read it by `.as_data_source(split)`.
+
+    An interrupted run leaves no dataset directory, and the next run starts again.
+    """
+    # TFDS wants its own object for a configuration that the class lists.
+    config = DigitsStream.builder_configs.get(config.name, config)
+    builder = DigitsStream(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
+    tfds.disable_progress_bar()  # ours is the one of `_generate_examples`
+    builder.download_and_prepare()
+    # Reopened, because sources of a builder with a configuration of its own do not unpickle in
+    # the workers of a pipeline.
+    return tfds.builder_from_directory(builder.data_dir)

@@ -1,0 +1,147 @@
+"""Reads frames of any video at n frames per second, and writes H.264, both by PyAV (FFmpeg)."""
+
+import fractions
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import av
+import numpy as np
+
+from videollm_mod_jax.data import files
+from videollm_mod_jax.errors import UserError
+
+# FFmpeg writes to stderr whatever it dislikes in a file; what matters reaches us as an exception.
+av.logging.set_level(av.logging.PANIC)
+# Containers round time stamps, Matroska to a millisecond.
+_TIME_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame sampled from a video: `time` in seconds, `image` (H, W, 3) uint8 RGB."""
+
+    time: float
+    image: np.ndarray
+
+
+def read_video(
+    path: str | os.PathLike, fps: float, size: int | None = None, stream: int | None = None
+) -> Iterator[Frame]:
+    """Samples a video at `fps`: frame k, at k / fps, is the last one that begins at or before it.
+
+    With a video of 5 frames per second sampled at 2 (time runs from the first frame):
+
+        video    0.0  0.2  0.4  0.6  0.8  1.0
+        sampled  0.0       0.5            1.0
+                 =0.0      =0.4           =1.0
+
+    Args:
+      path: a file, or anything else that FFmpeg opens.
+      fps: frames per second to sample, more or fewer than the video has.
+      size: resizes the longest side to it (bicubic) and pads the other with zeros on both sides to a
+        square, keeping the aspect ratio; None keeps the frames as they are.
+      stream: index of the stream in the file; by default the video stream with the most pixels
+        that is not a cover picture.
+
+    Yields:
+      Frames with time = k / fps, k = 0, 1, ... up to the time of the last frame of the video.
+
+    Raises:
+      UserError: a missing or unreadable file, no such video stream, no frames, or `fps` <= 0.
+    """
+    if not fps > 0:
+        raise UserError(f"{path}: fps: expected more than 0, found {fps}")
+    try:
+        with av.open(os.fspath(path)) as container:
+            chosen = _video_stream(container, stream, path)
+            chosen.thread_type = "AUTO"
+            yield from _sample(container.decode(chosen), fps, size, path)
+    except av.FFmpegError as error:
+        raise UserError(f"{path}: cannot read the video: {error.strerror}") from error
+
+
+def write_video(
+    path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float, crf: int = 12
+) -> None:
+    """Writes H.264 (yuv420p) that every browser plays; the file appears when it is complete.
+
+    Args:
+      path: the .mp4 (or .mkv) to write.
+      frames: (F, H, W, 3) uint8 RGB, or an iterator of such frames of one size; an odd height or
+        width is padded by repeating its last line, as yuv420p needs even ones.
+      fps: frames per second.
+      crf: x264's constant rate factor: 0 loses only what yuv420p does, 12 is hard to tell from the
+        original, 23 is x264's default.
+
+    Raises:
+      UserError: no frames.
+    """
+    with files.written_aside(path) as aside:
+        with av.open(os.fspath(aside), "w") as container:
+            stream = None
+            for image in frames:
+                odd = (image.shape[0] % 2, image.shape[1] % 2)
+                image = np.pad(image, ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
+                if stream is None:
+                    rate = fractions.Fraction(fps).limit_denominator(100_000)
+                    stream = container.add_stream("libx264", rate=rate)
+                    stream.height, stream.width = image.shape[:2]
+                    stream.pix_fmt = "yuv420p"
+                    stream.options = {"crf": str(crf)}
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+                container.mux(stream.encode(frame))
+            if stream is None:
+                raise UserError(f"{path}: expected 1 frame or more to write, found none")
+            container.mux(stream.encode())
+
+
+def _video_stream(
+    container: av.container.InputContainer, index: int | None, path: str | os.PathLike
+) -> av.video.stream.VideoStream:
+    streams = container.streams.video
+    if index is not None:
+        streams = [stream for stream in streams if stream.index == index]
+        if not streams:
+            found = [stream.index for stream in container.streams.video]
+            raise UserError(
+                f"{path}: stream: expected one of the video streams {found}, found {index}"
+            )
+    if not streams:
+        raise UserError(f"{path}: expected a video, found no video stream")
+    attached = av.stream.Disposition.attached_pic
+    return max(streams, key=lambda s: (not s.disposition & attached, s.width * s.height, -s.index))
+
+
+def _sample(
+    decoded: Iterator[av.VideoFrame], fps: float, size: int | None, path: str | os.PathLike
+) -> Iterator[Frame]:
+    k, first, current, sampled = 0, None, None, None
+    for frame in decoded:
+        if frame.pts is None:
+            continue
+        first = frame.time if first is None else first
+        while current is not None and k / fps + _TIME_TOLERANCE < frame.time - first:
+            # A slow video shows one frame at several samples: it is converted once.
+            sampled = _image(current, size) if sampled is None else sampled
+            yield Frame(k / fps, sampled)
+            k += 1
+        current, sampled = frame, None
+    if current is None:
+        raise UserError(f"{path}: the video has no frames")
+    while k / fps <= current.time - first + _TIME_TOLERANCE:
+        sampled = _image(current, size) if sampled is None else sampled
+        yield Frame(k / fps, sampled)
+        k += 1
+
+
+def _image(frame: av.VideoFrame, size: int | None) -> np.ndarray:
+    if size is None:
+        return frame.to_ndarray(format="rgb24")
+    scale = size / max(frame.width, frame.height)
+    width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
+    image = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+    top, left = (size - height) // 2, (size - width) // 2
+    square = np.zeros((size, size, 3), np.uint8)
+    square[top : top + height, left : left + width] = image
+    return square
