@@ -29,12 +29,14 @@ class Disturbance:
 def disturb(conversation: Conversation, how: Disturbance, rng: np.random.Generator) -> Conversation:
     """Moves one narration by up to `window` frames and/or gives it another narration's text.
 
-    A narration is an answer between two streams; both streams keep one frame at least, and the frames
-    in all stay the same. Learning stops in the frame before the earlier of the true and the new time,
-    the disturbed text is not learnt, and learning starts again with the next answer:
+    A narration is an answer between two streams. Both keep one frame or more, and their frames in
+    all stay the same. Learning stops before the earlier of the true and the new time; neither the
+    disturbed text nor the silence after it is learnt; the next answer is learnt again. A moved one
+    frame earlier, or said in the words of C (`A'` and `C'` are not learnt):
 
-        Stream(4) A Stream(5, learn=4) B     A moved one frame earlier, said with the text of C:
-        Stream(3, learn=2) C' Stream(6, learn=0) B
+        before           Stream(4) A Stream(5) C
+        moved            Stream(3, learn=2) A' Stream(6, learn=0) C
+        in other words   Stream(4, learn=3) C' Stream(5, learn=0) C
 
     Conversations without a narration that can be disturbed come back unchanged.
     """
@@ -56,13 +58,15 @@ def disturb(conversation: Conversation, how: Disturbance, rng: np.random.Generat
         if shift and before.num_frames + shift >= 1 and after.num_frames - shift >= 1
     ]
     kinds = [
-        (s, t) for s in (False, True) for t in (False, True) if (s and shifts) or (t and texts)
+        (move, replace)
+        for move, replace in ((True, False), (False, True), (True, True))
+        if (shifts or not move) and (texts or not replace)
     ]
     if not kinds:
         return conversation
     move, replace = kinds[rng.integers(len(kinds))]
-    shift = int(rng.choice(shifts)) if move and shifts else 0
-    text = str(rng.choice(texts)) if replace and texts else said.text
+    shift = int(rng.choice(shifts)) if move else 0
+    text = str(rng.choice(texts)) if replace else said.text
     untouched = before.num_frames + min(shift, 0) - 1
     return (
         *conversation[: i - 1],

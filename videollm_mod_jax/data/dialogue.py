@@ -1,7 +1,7 @@
 """The dialogue of a streaming video: messages, their text, and the characters that are learnt.
 
-The template is that of VideoLLM-online (showlab/videollm-online, models/tokenization_live.py), which
-VideoLLM-MoD (arXiv 2408.16730) keeps:
+The template is that of VideoLLM-online (showlab/videollm-online, models/tokenization_live.py),
+which VideoLLM-MoD (arXiv 2408.16730) keeps:
 
     <bos>You watch a video.\\n
     \\n[<v><v>,<v><v>]
@@ -15,13 +15,14 @@ white space than shown. The placeholder only marks where vision goes: see `data/
 
 When the dialogue is live, the same text arrives in pieces, each encoded alone:
 
-    opening(system, bos) + STREAM_OPEN      before the first frame (one piece: the line ends of the two
-                                            become one token in some tokenizers)
+    opening(system, bos) + STREAM_OPEN      before the first frame
     STREAM_OPEN                             before the first frame after an answer
     INTERVAL                                before every other frame
-    ANSWER_PROMPT                           the model breaks its silence; it goes on with " text<eos>"
-    question_prompt(question, stream_open)  a user asks; the model goes on with " text<eos>"
-                                            (before the first frame: opening(...) + question_prompt(...))
+    ANSWER_PROMPT                           the model breaks its silence: it adds " text<eos>"
+    question_prompt(question, stream_open)  a user asks: the model adds " text<eos>"
+
+The opening is one piece with what follows it (before a question: `opening(system, bos) +
+question_prompt(question, False)`), because many tokenizers make one token of the two line ends.
 
 `data/tokenizer.py` refuses a tokenizer for which the ids of the pieces differ from the ids of the
 whole text.
@@ -175,10 +176,10 @@ def conversation_from_turns(
 ) -> Conversation:
     """Lays timed turns along the frames of a video, frame i being seen at i / fps seconds.
 
-    A question at time q comes before the first frame with time >= q. An answer at the question's own
-    time follows it directly; any other answer (a narration) at time t comes after frame
-    ceil(t * fps). Frames before an answer are all learnt; of frames before a question, or at the end
-    of the video, the last is not, because nothing in them tells that the silence ends. At 2 fps
+    A question at time q comes before the first frame with time >= q. An answer at the time of the
+    question follows it directly; any other answer (a narration) at time t comes after frame
+    ceil(t * fps). Frames before a narration are all learnt; of frames before a question, or at the
+    end of the video, the last is not, because nothing in them tells that the silence ends. At 2 fps
     (`|` frame, N narration at 0.5 s, Q and A at 1.2 s):
 
         turns   N 0.5   Q 1.2   A 1.2

@@ -1,7 +1,7 @@
 """Streams of real handwritten digits on a cluttered canvas, with timed narrations and questions.
 
-The digits are the 1797 scans of scikit-learn's `load_digits`, split by scan: no scan of one split is
-ever drawn in another, not even as clutter. The canvas has 3 x 3 places; digits appear, move to a
+The digits are the 1797 scans of scikit-learn's `load_digits`, split by scan: no scan of one split
+is ever drawn in another, not even as clutter. The canvas has 3 x 3 places; digits appear, move to a
 neighbouring place and leave, at most one event per frame and never in two frames running, no two
 visible digits of one class. All is a function of (seed, split, index).
 
@@ -225,7 +225,7 @@ def _pick(rng: np.random.Generator, classes: np.ndarray, split_scans: Scans) -> 
 def _draw(
     rng: np.random.Generator, clutter: np.ndarray, row_N9: np.ndarray, split_scans: Scans
 ) -> np.ndarray:
-    """Draws N frames: digits over (N or 1, 48, 48) clutter, jitter and noise -> (N, 48, 48) uint8."""
+    """Draws digits over clutter (N or 1, 48, 48), with jitter and noise: (N, 48, 48) uint8."""
     frame, place = np.nonzero(row_N9 != EMPTY)
     jitter = rng.integers(-JITTER, JITTER + 1, (2, len(frame)))
     corner = np.clip(np.stack([place // 3, place % 3]) * CELL + jitter, 0, CANVAS - CELL)
@@ -238,7 +238,7 @@ def _draw(
 
 
 def _clutter(rng: np.random.Generator, count: int, split_scans: Scans) -> np.ndarray:
-    """Backgrounds (count, 48, 48) float32: soft blobs, strokes and halves of turned scans, all dim."""
+    """Dim backgrounds (count, 48, 48) float32: blobs, strokes and halves of turned scans."""
     grow = _bilinear(7, CANVAS)
     image = grow @ rng.uniform(0.02, 0.28, (count, 7, 7)).astype(np.float32) @ grow.T
     marks = np.zeros_like(image)
@@ -263,7 +263,7 @@ def _clutter(rng: np.random.Generator, count: int, split_scans: Scans) -> np.nda
 
 
 def _stamp(canvas: np.ndarray, image: np.ndarray, corner: np.ndarray, stamps: np.ndarray) -> None:
-    """Lays stamps (n, h, w) onto canvas[image] (n,) with the top left at corner (2, n); max wins."""
+    """Lays stamps (n, h, w) onto canvas[image (n,)], top left at corner (2, n); maximum wins."""
     rows = corner[0][:, None, None] + np.arange(stamps.shape[1])[:, None]
     columns = corner[1][:, None, None] + np.arange(stamps.shape[2])
     np.maximum.at(canvas, (image[:, None, None], rows, columns), stamps)

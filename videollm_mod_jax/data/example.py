@@ -4,9 +4,9 @@ One flat sequence in the order of time; S = T + F * N slots whatever the convers
 
     text and frames in order, `length` tokens | unused frames, N slots each | unused text slots
 
-so there are always exactly F frames and T text slots, and `frame_starts` rises by N or more. What is
-unused comes last, where causal attention hides it. Vision positions are known by `frame_starts`; no
-id stands for them.
+so there are always exactly F frames and T text slots, and `frame_starts` rises by N or more. What
+is unused comes last, where causal attention hides it. Vision positions are known by `frame_starts`;
+no id stands for them.
 
 Shape suffixes: S tokens of the flat sequence, F frames, N tokens per frame, W width of the vision
 features, J labelled positions, T text tokens.
@@ -74,8 +74,8 @@ def build_example(
 ) -> dict[str, np.ndarray]:
     """Lays out one conversation.
 
-    Labels are the tokens that overlap a learnt range of the text, moved to the position before them:
-    with N = 2 and one token per character (/ is a line end, v a vision position),
+    Labels are the tokens that overlap a learnt range of the text, moved to the position before
+    them: with N = 2 and one token per character (/ is a line end, v a vision position),
 
         text       /  [  v  v  ,  v  v  ]  /  A  s ...
         learnt                 ^        ^  ^  ^  ^
@@ -92,9 +92,9 @@ def build_example(
 
     Returns:
       tokens (S,) int32, 0 in vision and unused slots; frame_starts (F,) int32; features (F, N, W)
-      float32; length () int32; label_positions, labels (J,) int32; label_kinds (J,) int8, 0 padding,
-      1 language, 2 stream (at the last vision position of a frame). Labels are sorted by position,
-      padding last.
+      float32; length () int32; label_positions, labels (J,) int32; label_kinds (J,) int8: 0
+      padding, 1 language, 2 stream (at the last vision position of a frame). Labels are sorted by
+      position, padding last.
 
     Raises:
       UserError: the conversation does not fit the budget, or the features do not fit the
@@ -154,7 +154,7 @@ def turns_of(
         if not isinstance(message, dialogue.Assistant):
             continue
         end = next(ends)
-        # The label of a token sits one before it: eos, the last token of a turn, is judged at end - 1.
+        # The label of a token sits one before it: eos, the last of a turn, is judged at end - 1.
         inside = (layout.label_positions >= start - 1) & (layout.label_positions < end)
         silent = layout.label_kinds == STREAM
         turns.append(

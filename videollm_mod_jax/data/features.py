@@ -1,4 +1,4 @@
-"""Stored frame features: one ArrayRecord file with one record per video, and what they were made by.
+"""Stored frame features: an ArrayRecord file with one record per video, and what made them.
 
     DIR/meta.json              FeatureMeta and the number of videos
     DIR/features.array_record  record i: id of video i, a zero byte, then (F, N, W) float16

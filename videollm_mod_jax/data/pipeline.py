@@ -105,8 +105,8 @@ def training_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Shuffled batches without end; every epoch has another order, a batch may span two epochs.
 
-    Global batch b holds the elements b * B .. (b + 1) * B of the shuffled repetition of the dataset;
-    process p of P takes rows p * B/P .. (p + 1) * B/P of it.
+    Global batch b holds the elements b * B .. (b + 1) * B of the shuffled repetition of the
+    dataset; process p of P takes rows p * B/P .. (p + 1) * B/P of it.
 
     Args:
       examples: what to load.
@@ -151,8 +151,8 @@ def evaluation_batches(
 
     Yields:
       Batches with, beside the arrays of `build_example`, `example_index` (B/P,) int32 and
-      `example_valid` (B/P,) bool. The last batch is filled up with rows that are not valid and whose
-      labels are all padding.
+      `example_valid` (B/P,) bool. The last batch is filled up with rows that are not valid and
+      whose labels are all padding.
     """
     rows = _rows(batch_size, process_index, process_count)
     for start in range(0, len(examples), batch_size):

@@ -1,4 +1,4 @@
-"""Any Hugging Face `tokenizer.json`, checked to encode a live dialogue as it encodes a whole one."""
+"""Any Hugging Face `tokenizer.json` that encodes a live dialogue as it encodes a whole one."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from videollm_mod_jax.data import dialogue, files
 from videollm_mod_jax.errors import UserError
 
 BOS, EOS = "<|begin_of_text|>", "<|eot_id|>"
-# Words and single digits with the space before them, single marks, single line ends: a line end never
-# merges with its neighbours, and ten digits need ten tokens, which suits a vocabulary of hundreds.
+# Words, digits and marks with the space before them, and line ends one by one: no merge reaches
+# across the seams of the dialogue.
 _BPE_PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\n|[^\S\n]+"
 
 
@@ -115,8 +115,8 @@ class Tokenizer:
         eos = _token_text(config, "eos_token") if eos is None else eos
         if not eos:
             raise UserError(
-                f"{path}: the tokenizer has no eos token; write 'eos_token' in {beside.name} beside "
-                "it or name the token that ends an answer"
+                f"{path}: the tokenizer has no eos token; write 'eos_token' in {beside.name} "
+                "beside it or name the token that ends an answer"
             )
         return cls(definition, bos, eos, source=str(path))
 
@@ -140,7 +140,7 @@ class Tokenizer:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def _check_pieces(self, source: str) -> None:
-        """Compares the pieces that a live session encodes with the same places of the whole text."""
+        """Compares what a live session encodes, piece by piece, with the whole text's ids."""
         whole = self.encode("".join(text for text, _ in _probe_pieces(self.bos, self.eos))).ids
         at = 0
         for text, answered in _probe_pieces(self.bos, self.eos):

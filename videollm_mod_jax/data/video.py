@@ -39,8 +39,8 @@ def read_video(
     Args:
       path: a file, or anything else that FFmpeg opens.
       fps: frames per second to sample, more or fewer than the video has.
-      size: resizes the longest side to it (bicubic) and pads the other with zeros on both sides to a
-        square, keeping the aspect ratio; None keeps the frames as they are.
+      size: resizes the longest side to it (bicubic), keeping the aspect ratio, and pads the other
+        with zeros on both sides to a square; None keeps the frames as they are.
       stream: index of the stream in the file; by default the video stream with the most pixels
         that is not a cover picture.
 
@@ -77,23 +77,22 @@ def write_video(
     Raises:
       UserError: no frames.
     """
-    with files.written_aside(path) as aside:
-        with av.open(os.fspath(aside), "w") as container:
-            stream = None
-            for image in frames:
-                odd = (image.shape[0] % 2, image.shape[1] % 2)
-                image = np.pad(image, ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
-                if stream is None:
-                    rate = fractions.Fraction(fps).limit_denominator(100_000)
-                    stream = container.add_stream("libx264", rate=rate)
-                    stream.height, stream.width = image.shape[:2]
-                    stream.pix_fmt = "yuv420p"
-                    stream.options = {"crf": str(crf)}
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-                container.mux(stream.encode(frame))
+    with files.written_aside(path) as aside, av.open(os.fspath(aside), "w") as container:
+        stream = None
+        for image in frames:
+            odd = (image.shape[0] % 2, image.shape[1] % 2)
+            image = np.pad(image, ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
             if stream is None:
-                raise UserError(f"{path}: expected 1 frame or more to write, found none")
-            container.mux(stream.encode())
+                rate = fractions.Fraction(fps).limit_denominator(100_000)
+                stream = container.add_stream("libx264", rate=rate)
+                stream.height, stream.width = image.shape[:2]
+                stream.pix_fmt = "yuv420p"
+                stream.options = {"crf": str(crf)}
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            container.mux(stream.encode(frame))
+        if stream is None:
+            raise UserError(f"{path}: expected 1 frame or more to write, found none")
+        container.mux(stream.encode())
 
 
 def _video_stream(
@@ -136,12 +135,16 @@ def _sample(
 
 
 def _image(frame: av.VideoFrame, size: int | None) -> np.ndarray:
-    if size is None:
-        return frame.to_ndarray(format="rgb24")
-    scale = size / max(frame.width, frame.height)
-    width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
+    width, height = frame.width, frame.height
+    if size is not None:
+        scale = size / max(width, height)
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
     image = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-    top, left = (size - height) // 2, (size - width) // 2
+    # Telephones store frames as the sensor lies and say how to turn them for display.
+    image = np.rot90(image, round(frame.rotation / 90))
+    if size is None:
+        return np.ascontiguousarray(image)
+    top, left = (size - image.shape[0]) // 2, (size - image.shape[1]) // 2
     square = np.zeros((size, size, 3), np.uint8)
-    square[top : top + height, left : left + width] = image
+    square[top : top + image.shape[0], left : left + image.shape[1]] = image
     return square
