@@ -125,7 +125,7 @@ def render(conversation: Conversation, tokens_per_frame: int, bos: str, eos: str
          Assistant("So.", learn=False)),  bos "<s>", eos "</s>"
 
         <s>Hi//[<v><v>,<v><v>]/User: How many?/Assistant: One.</s>/[<v><v>]/Assistant: So.</s>
-                      ^                        ^^^^^^^^^^^^^^^^^^^         ^^
+                      ^                        ^^^^^^^^^^^^^^^^^^^        ^^
 
     Args:
       conversation: the messages in order.
@@ -216,8 +216,9 @@ def conversation_from_turns(
         answers = not asked and time == asked_at
         if frame >= num_frames + asked and not answers:
             raise UserError(
-                f"{record}: turn {i}: field 'time': {role} at {time:g} s, after the end of the "
-                f"video ({num_frames} frames at {fps:g} fps: {num_frames / fps:g} s)"
+                f"{record}: turn {i}: field 'time': after the end of the video: expected at most "
+                f"{(num_frames - 1 + asked) / fps:g} s ({num_frames} frames at {fps:g} fps), found "
+                f"{time:g} s"
             )
         if not asked and not answers and frame < shown:
             raise UserError(
