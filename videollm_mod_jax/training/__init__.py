@@ -1,0 +1,1 @@
+"""Training: objective, optimizer, train step, sharding, checkpoints, metrics and the loop."""

@@ -1,0 +1,157 @@
+"""What a directory of a model gives back, and what it refuses."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny_training
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models import VideoLLM, config_plan, stack_layers, unstack_layers
+from videollm_mod_jax.training import checkpoint, sharding
+from videollm_mod_jax.training.checkpoint import Checkpointer, load_model, save_model
+from videollm_mod_jax.training.optimizer import (
+    learning_rate_schedule,
+    make_optimizer,
+    merge_variables,
+    split_variables,
+)
+from videollm_mod_jax.training.state import create_state
+
+CONFIG = tiny_training.model_config(rank=2)
+PLAN = config_plan(CONFIG)
+OPTIMIZER = make_optimizer(
+    tiny_training.OPTIMIZER, learning_rate_schedule(tiny_training.OPTIMIZER, 10)
+)
+
+
+def assert_bitwise(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model") / "saved"
+    save_model(directory, CONFIG, tiny_training.variables(CONFIG), tiny_training.TOKENIZER)
+    return directory
+
+
+@pytest.fixture
+def copy(model_directory, tmp_path):
+    return shutil.copytree(model_directory, tmp_path / "copy")
+
+
+def write_run(directory, steps=(4, 8), scan=True):
+    """A run's directory with states whose numbers are random; returns (last state, frozen)."""
+    trained, frozen = split_variables(tiny_training.variables(CONFIG, scan), "lora")
+    state = create_state(jax.tree.map(np.asarray, trained), OPTIMIZER, seed=0)
+    checkpoint.write_description(directory, CONFIG, tiny_training.TOKENIZER)
+    checkpoint.write_weights(directory, unstack_layers(frozen, PLAN))
+    with Checkpointer(directory, keep=2) as checkpointer:
+        for step in steps:
+            rng = np.random.default_rng(step)
+            state = jax.tree.map(
+                lambda leaf, rng=rng: np.asarray(rng.normal(size=leaf.shape) * 99, leaf.dtype),
+                state,
+            ).replace(step=np.asarray(step, np.int32))
+            checkpointer.save(step, unstack_layers(state, PLAN))
+    return state, frozen
+
+
+def test_a_saved_model_loads_bitwise(model_directory):
+    loaded = load_model(model_directory)
+    assert loaded.config == CONFIG
+    assert loaded.tokenizer.eos_id == tiny_training.TOKENIZER.eos_id
+    assert_bitwise(loaded.variables, tiny_training.variables(CONFIG))
+
+
+def test_a_state_comes_back_bitwise_under_the_other_layer_layout(tmp_path):
+    written, frozen = write_run(tmp_path, scan=True)
+    layout = sharding.make_layout("replicate", (-1, 1, 1))
+    target, target_frozen = sharding.abstract_training(
+        VideoLLM(CONFIG, scan=False), OPTIMIZER, "lora", layout
+    )
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.latest_step() == 8
+        unrolled = checkpointer.restore(8, target)
+    assert_bitwise(unrolled, jax.tree.map(np.asarray, unstack_layers(written, PLAN)))
+    assert_bitwise(stack_layers(unrolled, PLAN), written)
+    assert_bitwise(stack_layers(checkpoint.read_weights(tmp_path, target_frozen), PLAN), frozen)
+
+
+def test_loading_a_run_takes_the_newest_complete_checkpoint(tmp_path):
+    state, frozen = write_run(tmp_path, steps=(4, 8, 12))
+    # What a kill in the middle of a save leaves behind.
+    newest = tmp_path / "checkpoints"
+    shutil.copytree(newest / "12", newest / "16.orbax-checkpoint-tmp-0")
+    expected = unstack_layers(merge_variables(state.trained, frozen), PLAN)
+    assert_bitwise(load_model(tmp_path).variables, jax.tree.map(np.asarray, expected))
+    routers = [k for k, v in expected["params"]["decoder"].items() if "router" in v]
+    assert routers == ["layer_1", "layer_3"]
+    assert sorted(p.name for p in newest.iterdir() if p.name.isdigit()) == ["12", "8"]
+
+
+def test_arrays_load_in_the_dtype_of_the_model(copy):
+    config = json.loads((copy / "model.json").read_text())
+    (copy / "model.json").write_text(json.dumps(config | {"param_dtype": "bfloat16"}))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(load_model(copy).variables)} == {"bfloat16"}
+
+
+def test_a_missing_or_foreign_directory_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"holds no model\.json"):
+        load_model(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name_and_shape(copy):
+    decoder = dataclasses.replace(CONFIG.decoder, mlp_size=50)
+    other = dataclasses.replace(CONFIG, decoder=decoder)
+    (copy / "model.json").write_text(json.dumps(other.to_dict()))
+    with pytest.raises(UserError, match=r"mlp/.*should be \(.*50.*\) and is \(.*48.*\)"):
+        load_model(copy)
+
+
+def test_a_model_json_that_is_not_json_is_refused(copy):
+    (copy / "model.json").write_text("{")
+    with pytest.raises(UserError, match=r"model\.json is not json"):
+        load_model(copy)
+
+
+def test_missing_weights_are_refused(copy):
+    shutil.rmtree(copy / "weights")
+    with pytest.raises(UserError, match="weights is missing"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize("keep_metadata", [True, False])
+def test_damaged_weights_are_refused(copy, keep_metadata):
+    for path in list((copy / "weights").rglob("*")):
+        if path.is_file() and not (keep_metadata and path.name.startswith("_")):
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match="weights cannot be read and is probably damaged"):
+        load_model(copy)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    write_run(tmp_path, steps=(4,))
+    for path in (tmp_path / "checkpoints" / "4" / "optimizer").rglob("*"):
+        if path.is_file() and not path.name.startswith("_"):
+            path.write_bytes(b"")
+    layout = sharding.make_layout("replicate", (-1, 1, 1))
+    target, _ = sharding.abstract_training(VideoLLM(CONFIG), OPTIMIZER, "lora", layout)
+    with (
+        Checkpointer(tmp_path, keep=2) as checkpointer,
+        pytest.raises(UserError, match="4 cannot be read and is probably damaged"),
+    ):
+        checkpointer.restore(4, target)
+
+
+def test_saving_a_model_over_a_run_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a training run"):
+        save_model(tmp_path, CONFIG, {}, tiny_training.TOKENIZER)

@@ -1,0 +1,54 @@
+"""The metric files: cut on resume, finite, drawn."""
+
+import math
+
+import pytest
+from PIL import Image
+
+from videollm_mod_jax.training import metrics
+
+
+def write(directory, done, steps):
+    writer = metrics.Writer(directory, done)
+    for step in steps:
+        values = {"language_loss": 3.0 / step, "stream_loss": 1.0 / step}
+        writer.write(step, values, events={"steps_per_second": 1.0})
+    writer.close()
+
+
+def test_resuming_leaves_the_file_of_an_uninterrupted_run(tmp_path):
+    write(tmp_path / "whole", 0, range(1, 11))
+    write(tmp_path / "cut", 0, range(1, 8))
+    path = tmp_path / "cut" / metrics.METRICS_FILE
+    path.write_text(path.read_text() + '{"step": 8, "langua')  # killed in mid-line
+    write(tmp_path / "cut", 5, range(6, 11))
+    assert path.read_bytes() == (tmp_path / "whole" / metrics.METRICS_FILE).read_bytes()
+
+
+def test_every_line_is_on_disk_at_once(tmp_path):
+    writer = metrics.Writer(tmp_path, 0)
+    writer.write(1, {"loss": 0.5}, events={})
+    assert metrics.read_metrics(tmp_path) == [{"step": 1, "loss": 0.5}]
+    writer.close()
+
+
+def test_a_value_that_is_not_finite_raises_naming_the_step():
+    with pytest.raises(FloatingPointError, match=r"step 17: not finite: loss = nan"):
+        metrics.check_finite(17, {"loss": math.nan, "gradient_norm": 1.0})
+    metrics.check_finite(17, {"loss": 0.0})
+
+
+def test_means_leave_out_what_was_not_observed():
+    assert metrics.means({"a": (3.0, 2.0), "b": (0.0, 0.0)}) == {"a": 1.5}
+
+
+def test_running_mean_example():
+    assert metrics.running_mean((4, 2, 6, 0), 2) == [4, 3, 4, 3]
+
+
+def test_the_curve_is_a_picture(tmp_path):
+    write(tmp_path, 0, range(1, 60))
+    with Image.open(metrics.draw_loss_curve(tmp_path)) as image:
+        colours = image.convert("RGB").getcolors(maxcolors=1 << 20)
+        assert image.size == (960, 540)
+        assert len(colours) > 50

@@ -1,0 +1,296 @@
+"""The directory of a model: what a run writes, and what streaming and evaluation load.
+
+    DIR/model.json                VideoLLMConfig
+    DIR/tokenizer.json, tokenizer_config.json
+    DIR/config.json               the run's configuration; a converted model has none
+    DIR/weights/                  variables that no update changes, written once
+    DIR/checkpoints/<step>/       trained/ optimizer/ meta/, the newest few
+
+Layers lie on disk one by one (`decoder/layer_0`, ...), whatever layer plan, mesh or number of
+processes wrote them, and are stacked again on the way in. Everything but json goes through Orbax,
+which writes aside and renames, so a killed process leaves no half-written checkpoint.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from videollm_mod_jax.data import files
+from videollm_mod_jax.data.tokenizer import Tokenizer
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models import VideoLLM, VideoLLMConfig
+from videollm_mod_jax.training.optimizer import Variables, merge_variables
+from videollm_mod_jax.training.sharding import Layout, abstract_variables
+from videollm_mod_jax.training.state import TrainState
+
+FORMAT = 1
+MODEL_FILE = "model.json"
+CONFIG_FILE = "config.json"
+WEIGHTS = "weights"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to stream.
+
+    Attributes:
+      config: its architecture.
+      variables: of `VideoLLM(config, scan=False)`.
+      tokenizer: the one that it was trained with.
+    """
+
+    config: VideoLLMConfig
+    variables: Variables
+    tokenizer: Tokenizer
+
+
+def save_model(
+    directory: str | os.PathLike[str],
+    config: VideoLLMConfig,
+    variables: Variables,
+    tokenizer: Tokenizer,
+) -> None:
+    """Writes a model that has no training state; `load_model` is the inverse.
+
+    Args:
+      directory: made if missing.
+      config: the architecture.
+      variables: of `VideoLLM(config, scan=False)`, all of them.
+      tokenizer: saved beside the weights.
+
+    Raises:
+      UserError: the directory holds a training run.
+    """
+    directory = Path(directory)
+    if (directory / CONFIG_FILE).exists():
+        raise UserError(f"{directory} holds a training run; save the model to another directory")
+    write_description(directory, config, tokenizer)
+    write_weights(directory, variables)
+
+
+def load_model(directory: str | os.PathLike[str], layout: Layout | None = None) -> LoadedModel:
+    """Loads a model from the directory of a training run or of `save_model`.
+
+    A run's trained variables come from its newest complete checkpoint. Arrays have the dtype that
+    `model.json` says.
+
+    Args:
+      directory: of the model.
+      layout: how to lay the variables on a mesh; None puts them on the first device.
+
+    Raises:
+      UserError: the directory is missing, holds no model, is damaged, or its weights are not
+        those of the model that `model.json` describes.
+    """
+    directory = Path(directory)
+    config = read_model_config(directory)
+    tokenizer = Tokenizer.load(directory)
+    expected = abstract_variables(VideoLLM(config), layout)
+    parts = [directory / WEIGHTS]
+    if (directory / CHECKPOINTS).exists():
+        with Checkpointer(directory, keep=None) as checkpointer:
+            if (step := checkpointer.latest_step()) is not None:
+                parts.append(directory / CHECKPOINTS / str(step) / "trained")
+    stored = [_stored_tree(part) for part in parts]
+    _check_same(directory, expected, stored)
+    loaded: Variables = {}
+    for part, tree in zip(parts, stored, strict=True):
+        loaded = merge_variables(loaded, _restore(part, _like(tree, expected)))
+    return LoadedModel(config, loaded, tokenizer)
+
+
+def write_description(directory: Path, config: VideoLLMConfig, tokenizer: Tokenizer) -> None:
+    """Writes `model.json` and the tokenizer's files."""
+    write_json(directory / MODEL_FILE, config.to_dict())
+    tokenizer.save(directory)
+
+
+def read_model_config(directory: Path) -> VideoLLMConfig:
+    """Reads `model.json`.
+
+    Raises:
+      UserError: there is none, or it is not one.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory} does not exist; expected the directory of a trained model")
+    if not (directory / MODEL_FILE).exists():
+        raise UserError(
+            f"{directory} holds no {MODEL_FILE}; expected the directory of a trained or converted "
+            "model (what --workdir named when it was trained)"
+        )
+    return VideoLLMConfig.from_dict(read_json(directory / MODEL_FILE))
+
+
+def write_weights(directory: Path, variables: Variables) -> None:
+    """Writes `weights/`, layers unstacked, replacing what is there."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((directory / WEIGHTS).absolute(), variables, force=True)
+
+
+def read_weights(directory: Path, target: Variables) -> Variables:
+    """Reads `weights/` into the shapes, dtypes and shardings of `target`, layers unstacked.
+
+    Raises:
+      UserError: missing or damaged, or not the tree of `target`.
+    """
+    path = directory / WEIGHTS
+    _check_same(directory, target, [_stored_tree(path)])
+    return _restore(path, target)
+
+
+class Checkpointer:
+    """The `checkpoints/` of a run; a context manager, since saving is asynchronous.
+
+    States go in and out with their layers unstacked.
+    """
+
+    def __init__(self, directory: Path, *, keep: int | None):
+        """Opens the checkpoints of a run.
+
+        Args:
+          directory: of the run.
+          keep: how many of the newest to keep, or None to open for reading only.
+        """
+        self._path = (directory / CHECKPOINTS).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=keep is None)
+        self._manager = ocp.CheckpointManager(self._path, options=options)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Waits for a save in flight, also when the run failed.
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint; None when there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts saving the state after update `step`; returns when it may be donated."""
+        optimizer = {"opt_state": state.opt_state, "rng": state.rng}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                trained=ocp.args.StandardSave(state.trained),
+                optimizer=ocp.args.StandardSave(optimizer),
+                # One batch per update: the step is the data position as well.
+                meta=ocp.args.JsonSave({"format": FORMAT, "step": step, "batches": step}),
+            ),
+            force=True,
+        )
+
+    def restore(self, step: int, target: TrainState) -> TrainState:
+        """Restores a state exactly, into the shapes, dtypes and shardings of `target`.
+
+        Raises:
+          UserError: the checkpoint is damaged, of another format, or not the state of `target`.
+        """
+        path = self._path / str(step)
+        args = {
+            "trained": ocp.args.StandardRestore(target.trained),
+            "optimizer": ocp.args.StandardRestore(
+                {"opt_state": target.opt_state, "rng": target.rng}
+            ),
+            "meta": ocp.args.JsonRestore(),
+        }
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except (ValueError, KeyError, OSError) as error:
+            raise _damaged(path, error) from error
+        if restored.meta.get("format") != FORMAT or restored.meta.get("step") != step:
+            raise UserError(
+                f"{path}/meta is {restored.meta}; expected format {FORMAT} and step {step}; it "
+                "was written by another version: load it with that version"
+            )
+        return target.replace(
+            step=jax.numpy.asarray(step, jax.numpy.int32),
+            trained=restored.trained,
+            **restored.optimizer,
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a json file; the directory is made if missing."""
+    with files.written_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a json file.
+
+    Raises:
+      UserError: it is not json.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not json: {error}") from error
+
+
+def _stored_tree(path: Path) -> Variables:
+    """Names and shapes of what an Orbax directory holds, as a nested dict."""
+    if not path.is_dir():
+        raise UserError(f"{path} is missing; the model is incomplete: train or convert it again")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(path.absolute()).item_metadata
+    except (ValueError, KeyError, OSError) as error:
+        raise _damaged(path, error) from error
+    if metadata is None:
+        raise _damaged(path, ValueError("no metadata"))
+    return metadata.tree
+
+
+def _restore(path: Path, target: Variables) -> Variables:
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path.absolute(), target)
+    except (ValueError, KeyError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    first_line = str(error).strip().partition("\n")[0]
+    remedy = "train or convert the model again"
+    if CHECKPOINTS in path.parts:
+        remedy = "delete this checkpoint to go on from the one before it"
+    return UserError(
+        f"{path} cannot be read and is probably damaged ({type(error).__name__}: {first_line}); "
+        f"restore it from a copy, or {remedy}"
+    )
+
+
+def _check_same(directory: Path, expected: Variables, stored: list[Variables]) -> None:
+    """Compares names and shapes of an expected tree with those of stored parts."""
+    want = _shapes(expected)
+    have = {name: shape for part in stored for name, shape in _shapes(part).items()}
+    different = [name for name in {**want, **have} if want.get(name) != have.get(name)]
+    if different:
+        name = different[0]
+        raise UserError(
+            f"{directory} holds the weights of another model than its {MODEL_FILE} describes: "
+            f"{name} should be {want.get(name, 'absent')} and is {have.get(name, 'absent')} "
+            f"({len(different)} differences in all); bring back the {MODEL_FILE} that belongs to "
+            "the weights"
+        )
+
+
+def _shapes(tree: Variables) -> dict[str, tuple[int, ...]]:
+    paths = jax.tree.leaves_with_path(tree, is_leaf=lambda n: hasattr(n, "shape"))
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(n.shape) for p, n in paths}
+
+
+def _like(names: Variables, tree: Variables) -> Variables:
+    """The part of `tree` that has the names of `names`."""
+    return {
+        key: _like(value, tree[key]) if isinstance(value, Mapping) else tree[key]
+        for key, value in names.items()
+    }

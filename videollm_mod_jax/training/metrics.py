@@ -1,0 +1,128 @@
+"""Where numbers go while training: a jsonl file, TensorBoard, and a picture of the loss."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+
+from videollm_mod_jax.data import files
+
+METRICS_FILE = "metrics.jsonl"
+CURVE_FILE = "loss.png"
+
+
+def means(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+    """Divides fetched (sum, weight) pairs; a quantity of weight 0 is not known and left out."""
+    return {name: float(total) / float(weight) for name, (total, weight) in sums.items() if weight}
+
+
+def check_finite(step: int, values: Mapping[str, float]) -> None:
+    """Raises FloatingPointError that names the step and every value that is not finite."""
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if bad:
+        listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
+        raise FloatingPointError(f"step {step}: not finite: {listed}")
+
+
+class Writer:
+    """Appends metrics to `metrics.jsonl` and to a TensorBoard event file of a run's directory.
+
+    The jsonl file holds nothing that depends on the clock, so that a run that was killed and
+    resumed leaves the very file of an uninterrupted one.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], done: int):
+        """Opens the files, dropping what an interrupted run wrote after update `done`."""
+        path = Path(directory) / METRICS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _keep_until(path, done)
+        self._file = path.open("a", encoding="utf-8")
+        self._events = tensorboardX.SummaryWriter(str(directory), purge_step=done + 1)
+
+    def write(self, step: int, values: Mapping[str, float], *, events: Mapping[str, float]) -> None:
+        """Writes one line; on return a kill of this process cannot lose it.
+
+        Args:
+          step: number of the update, from 1.
+          values: go to both files.
+          events: go to TensorBoard only (speeds and times).
+        """
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # Out of this process, where a kill cannot reach it.
+        self._file.flush()
+        for name, value in {**values, **events}.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(directory: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The lines of a run's `metrics.jsonl`, in the order of their steps."""
+    lines = (Path(directory) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def draw_loss_curve(directory: str | os.PathLike[str]) -> Path:
+    """Draws language and streaming loss over steps from `metrics.jsonl` to `loss.png`.
+
+    Raw values are faint, their running mean over a twentieth of the run is bold; the loss axis is
+    logarithmic.
+
+    Returns:
+      The path of the picture.
+    """
+    # Imported here: matplotlib takes a second, and most verbs draw nothing.
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(directory)
+    # A Figure without pyplot keeps no global state and needs no display.
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, label in (("language_loss", "language"), ("stream_loss", "streaming")):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            steps, values = zip(*points, strict=True)
+            (raw,) = axes.plot(steps, values, alpha=0.25, linewidth=1)
+            smooth = running_mean(values, window=max(1, len(values) // 20))
+            axes.plot(steps, smooth, color=raw.get_color(), linewidth=2, label=label)
+    axes.set(xlabel="update", ylabel="cross-entropy (nats per label)", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    path = Path(directory) / CURVE_FILE
+    with files.written_aside(path) as aside:
+        figure.savefig(aside, dpi=120)
+    return path
+
+
+def running_mean(values: tuple[float, ...], window: int) -> list[float]:
+    """The mean of each value and up to `window - 1` before it.
+
+    ```
+    values 4 2 6 0, window 2   ->   4 3 4 3
+    ```
+    """
+    means_so_far = []
+    for end in range(1, len(values) + 1):
+        recent = values[max(0, end - window) : end]
+        means_so_far.append(sum(recent) / len(recent))
+    return means_so_far
+
+
+def _keep_until(path: Path, done: int) -> None:
+    """Drops lines after update `done` from a jsonl file, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > done:
+            break
+        kept.append(line)
+    with files.written_aside(path) as aside:
+        aside.write_text("".join(kept), encoding="utf-8")
