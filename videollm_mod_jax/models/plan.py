@@ -106,8 +106,8 @@ def config_plan(config: VideoLLMConfig) -> Plan:
 def scan_groups(plan: Plan) -> tuple[tuple[Plan, int], ...]:
     """Splits a plan into runs of repeated periods, each of which one scan can cover.
 
-    Greedy from the first layer: the period (up to `MAX_PERIOD` layers) that covers most layers,
-    the shortest of equals.
+    Of all splits into periods of up to `MAX_PERIOD` layers it takes one that traces the fewest
+    layers, and of those one with the fewest scans.
 
     ```
     plan                       groups
@@ -116,19 +116,21 @@ def scan_groups(plan: Plan) -> tuple[tuple[Plan, int], ...]:
     D D D m D m D m            ((D), 2) ((D m), 3)
     ```
     """
-    groups, start = [], 0
-    while start < len(plan):
-        best_period, best_repeats = 1, 1
-        for period in range(1, MAX_PERIOD + 1):
-            unit = plan[start : start + period]
-            repeats = 1
-            while plan[start + repeats * period : start + (repeats + 1) * period] == unit:
+    # best[i]: (layers traced, scans, groups) of plan[i:].
+    best = {len(plan): (0, 0, ())}
+    for start in reversed(range(len(plan))):
+        options = []
+        for period in range(1, min(MAX_PERIOD, len(plan) - start) + 1):
+            unit, repeats = plan[start : start + period], 1
+            while True:
+                end = start + repeats * period
+                traced, scans, groups = best[end]
+                options.append((traced + period, scans + 1, ((unit, repeats), *groups)))
+                if plan[end : end + period] != unit:
+                    break
                 repeats += 1
-            if (repeats > 1 or period == 1) and period * repeats > best_period * best_repeats:
-                best_period, best_repeats = period, repeats
-        groups.append((plan[start : start + best_period], best_repeats))
-        start += best_period * best_repeats
-    return tuple(groups)
+        best[start] = min(options, key=lambda option: option[:2])
+    return best[0][2]
 
 
 def unstack_layers(tree: Any, plan: Plan) -> Any:

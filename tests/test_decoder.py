@@ -1,0 +1,332 @@
+"""Properties of the decoder, each against an independent path."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import reference, tiny
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models import (
+    LoraConfig,
+    VideoLLM,
+    config_plan,
+    full_computation,
+    init_variables,
+    merge_lora,
+    stack_layers,
+    unstack_layers,
+)
+from videollm_mod_jax.models.attention import attend, rope_frequencies
+from videollm_mod_jax.models.config import RopeScaling
+
+INSERTIONS = ("interleaved", "all", "all-deep", "interleaved-deep", (0, 2))
+SELECTIONS = ("learned", "uniform", "random")
+WEIGHTINGS = ("paper", "official", "tanh1", "none")
+LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.0, targets=("q", "v", "gate", "down", "lm_head"))
+
+
+def run(config, variables, batch, **kwargs):
+    return jax.jit(VideoLLM(config, **kwargs).apply)(variables, **batch)
+
+
+@functools.lru_cache
+def prepared(decoder=tiny.DECODER):
+    """Variables that fit every plan and weighting: a router with a bias in each layer, adapters."""
+    config = tiny.routed(insertion="all", weighting="official")
+    config = dataclasses.replace(config, decoder=decoder, lora=LORA)
+    return tiny.spread(init_variables(VideoLLM(config), jax.random.key(0)))
+
+
+def example(batch, b):
+    return batch["tokens_BS"][b], batch["features_BFNW"][b], batch["frame_starts_BF"][b]
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("insertion", INSERTIONS, ids=str)
+def test_compact_equals_masked_dense(insertion, selection, weighting):
+    force = weighting == "tanh1"
+    config = tiny.routed(
+        insertion=insertion, selection=selection, weighting=weighting, force_keep_last=force
+    )
+    variables, batch, N = prepared(), tiny.batch(1, text=6, frames=3), config.tokens_per_frame
+    out = run(config, variables, batch)
+    plan = config_plan(config)
+    for b in range(2):
+        starts = np.asarray(batch["frame_starts_BF"][b])
+
+        def choose(layer, x, router, b=b, starts=starts):
+            keep = plan[layer].keep
+            if keep is None:
+                return None
+            if selection == "random":  # the draw itself is tested in test_routing.py
+                return set((starts[:, None] + np.asarray(out.kept[layer][b])).ravel())
+            if selection == "uniform":
+                scores = np.zeros(len(x))
+                for start, j in itertools.product(starts, range(keep)):
+                    scores[start + j * N // keep] = 1.0
+            else:
+                scores = x @ router["kernel"]
+            return reference.selected(config, scores, starts, keep)
+
+        expected = reference.forward(config, variables["params"], example(batch, b), choose)
+        np.testing.assert_allclose(out.logits_BJV[b], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.0, (0.2, 0.4, 0.6, 1.0)], ids=str)
+def test_no_tokens_and_a_schedule_of_ratios_equal_masked_dense(keep_ratio):
+    config = tiny.routed(insertion="all", keep_ratio=keep_ratio)
+    variables, batch = prepared(), tiny.batch(2, text=5, frames=2)
+    out = run(config, variables, batch)
+    starts = np.asarray(batch["frame_starts_BF"][0])
+
+    def choose(layer, x, router):
+        keep = config_plan(config)[layer].keep
+        return reference.selected(config, x @ router["kernel"], starts, keep)
+
+    expected = reference.forward(config, variables["params"], example(batch, 0), choose)
+    np.testing.assert_allclose(out.logits_BJV[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("insertion", INSERTIONS, ids=str)
+def test_keeping_all_without_weighting_equals_the_dense_model(insertion):
+    config = tiny.routed(insertion=insertion, keep_ratio=1.0, weighting="none")
+    dense = dataclasses.replace(tiny.CONFIG, routing=full_computation())
+    variables, batch = prepared(), tiny.batch(3, text=6, frames=3)
+    assert not any(
+        "router" in layer
+        for layer in init_variables(VideoLLM(dense), jax.random.key(0))["params"][
+            "decoder"
+        ].values()
+    )
+    np.testing.assert_allclose(
+        run(config, variables, batch).logits_BJV,
+        run(dense, variables, batch).logits_BJV,
+        atol=1e-6,
+        rtol=1e-6,
+    )
+
+
+def test_a_tanh1_router_starts_as_the_pretrained_block():
+    config = tiny.routed(weighting="tanh1")
+    variables, batch = init_variables(VideoLLM(config), jax.random.key(0)), tiny.batch(4, 6, 3)
+    unweighted = tiny.routed(weighting="none")
+    kept = [np.asarray(k) for k in run(config, variables, batch).kept if k is not None]
+    assert all((k == [0, 1]).all() for k in kept)
+    np.testing.assert_array_equal(
+        run(config, variables, batch).logits_BJV, run(unweighted, variables, batch).logits_BJV
+    )
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_a_later_frame_changes_nothing_before_it(weighting):
+    config = tiny.routed(insertion="all-deep", weighting=weighting)
+    variables, batch = prepared(), tiny.batch(5, text=6, frames=4)
+    start = batch["frame_starts_BF"][:, 2]
+    before_BS = jnp.arange(batch["tokens_BS"].shape[1]) < start[:, None]
+
+    @jax.jit
+    def gradients(features):
+        def total(mask_BS):
+            def f(features):
+                arguments = batch | {"features_BFNW": features}
+                logits = VideoLLM(config).apply(variables, **arguments).logits_BJV
+                return jnp.sum(mask_BS[..., None] * logits**2)
+
+            return jax.grad(f)(features)
+
+        return total(before_BS), total(~before_BS)
+
+    earlier, later = gradients(batch["features_BFNW"])
+    np.testing.assert_array_equal(earlier[:, 2:], 0.0)
+    assert np.abs(earlier[:, :2]).max() > 0
+    assert (np.abs(later[:, 2:]).max(axis=(2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize("insertion", ["interleaved", "interleaved-deep"])
+@pytest.mark.parametrize("remat", [False, True])
+def test_scan_equals_loop_forward_and_backward(insertion, remat):
+    config = dataclasses.replace(tiny.routed(insertion=insertion, selection="random"), lora=LORA)
+    variables, batch, plan = prepared(), tiny.batch(6, 5, 3), config_plan(config)
+
+    def loss(variables, scan, remat):
+        logits = VideoLLM(config, scan, remat).apply(variables, **batch).logits_BJV
+        return jnp.mean(jax.nn.log_softmax(logits)[..., 0])
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))
+    loop, loop_gradient = gradient(variables, False, False)
+    scan, scan_gradient = gradient(stack_layers(variables, plan), True, remat)
+    np.testing.assert_allclose(loop, scan, rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        loop_gradient,
+        unstack_layers(scan_gradient, plan),
+    )
+    kept = [
+        run(config, v, batch, scan=s).kept
+        for v, s in ((variables, False), (stack_layers(variables, plan), True))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, kept[0], kept[1])
+
+
+def test_padding_neighbours_and_sequence_length_change_nothing():
+    config = tiny.CONFIG
+    variables, batch = prepared(), tiny.batch(7, text=6, frames=3)
+    N, S = config.tokens_per_frame, batch["tokens_BS"].shape[1]
+    short = run(config, variables, jax.tree.map(lambda x: x[:1], batch)).logits_BJV
+    more_text, more_frames = 3, 2
+    tail = S + N * np.arange(more_frames) + np.array([1, 3])  # text, frame, text text, frame
+    padded = {
+        "tokens_BS": jnp.pad(
+            batch["tokens_BS"], ((0, 0), (0, more_text + more_frames * N)), constant_values=7
+        ),
+        "features_BFNW": jnp.pad(
+            batch["features_BFNW"], ((0, 0), (0, more_frames), (0, 0), (0, 0)), constant_values=2
+        ),
+        "frame_starts_BF": jnp.concatenate(
+            [batch["frame_starts_BF"], jnp.tile(jnp.asarray(tail), (2, 1))], axis=1
+        ),
+        "logit_positions_BJ": batch["logit_positions_BJ"],
+    }
+    long = run(config, variables, padded).logits_BJV
+    np.testing.assert_allclose(long[:1], short, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_the_router_learns_exactly_where_it_weights(weighting):
+    config = tiny.routed(insertion="all", weighting=weighting)
+    variables, batch = prepared(), tiny.batch(8, text=6, frames=3)
+
+    @jax.jit
+    def gradient(variables):
+        def loss(variables):
+            return jnp.mean(VideoLLM(config).apply(variables, **batch).logits_BJV ** 2)
+
+        return jax.grad(loss)(variables)
+
+    layers = gradient(variables)["params"]["decoder"]
+    sizes = [np.abs(layers[f"layer_{i}"]["router"]["kernel"]).max() for i in range(3)]
+    assert all(size == 0 for size in sizes) if weighting == "none" else min(sizes) > 1e-6
+
+
+def test_rank_zero_equals_the_base_and_merging_changes_nothing():
+    config = dataclasses.replace(tiny.CONFIG, lora=LORA)
+    variables, batch = prepared(), tiny.batch(9, text=5, frames=2)
+    base = {"params": variables["params"]}
+    adapted = run(config, variables, batch).logits_BJV
+    rank_zero = dataclasses.replace(config, lora=dataclasses.replace(LORA, rank=0))
+    plain = run(tiny.CONFIG, base, batch).logits_BJV
+    np.testing.assert_array_equal(run(rank_zero, base, batch).logits_BJV, plain)
+    assert "lora" not in init_variables(VideoLLM(rank_zero), jax.random.key(0))
+    assert np.abs(adapted - plain).max() > 0.1
+    merged = run(tiny.CONFIG, merge_lora(variables, LORA), batch).logits_BJV
+    np.testing.assert_allclose(merged, adapted, atol=2e-5)
+    stacked = stack_layers(variables, config_plan(config))
+    merged = unstack_layers(merge_lora(stacked, LORA), config_plan(config))
+    np.testing.assert_allclose(run(tiny.CONFIG, merged, batch).logits_BJV, adapted, atol=2e-5)
+
+
+def test_fresh_adapters_change_nothing():
+    config = dataclasses.replace(tiny.CONFIG, lora=LORA)
+    variables = init_variables(VideoLLM(config), jax.random.key(0))
+    batch = tiny.batch(9, text=5, frames=2)
+    np.testing.assert_array_equal(
+        run(config, variables, batch).logits_BJV,
+        run(tiny.CONFIG, {"params": variables["params"]}, batch).logits_BJV,
+    )
+
+
+def test_dropout_acts_on_adapters_and_only_with_a_dropout_key():
+    lora = dataclasses.replace(LORA, dropout=0.5)
+    config = dataclasses.replace(tiny.CONFIG, lora=lora)
+    variables, batch = prepared(), tiny.batch(9, text=5, frames=2)
+    stacked = stack_layers(variables, config_plan(config))
+    apply = jax.jit(VideoLLM(config, scan=True, remat=True).apply)
+    quiet = apply(stacked, **batch).logits_BJV
+    np.testing.assert_allclose(quiet, run(config, variables, batch).logits_BJV, atol=1e-5)
+    noisy = [
+        apply(stacked, **batch, rngs={"dropout": jax.random.key(i)}).logits_BJV for i in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(noisy[0], noisy[1])
+    assert np.abs(noisy[0] - noisy[2]).max() > 1e-3
+    assert np.abs(noisy[0] - quiet).max() > 1e-3
+
+
+def test_a_tied_head_is_the_transposed_embedding_and_refuses_to_be_merged():
+    decoder = dataclasses.replace(tiny.DECODER, tie_embeddings=True, qkv_bias=True)
+    config = dataclasses.replace(tiny.CONFIG, decoder=decoder, routing=full_computation())
+    variables, batch = prepared(decoder), tiny.batch(10, text=5, frames=2)
+    assert "lm_head" not in variables["params"]
+    for i in range(4):
+        attention = variables["params"]["decoder"][f"layer_{i}"]["block"]["attention"]
+        attention["q"]["bias"] = jnp.linspace(-1, 1, 32)
+    expected = reference.forward(config, variables["params"], example(batch, 0), lambda *_: None)
+    out = run(config, variables, batch).logits_BJV
+    np.testing.assert_allclose(out[0], expected, atol=1e-5, rtol=1e-5)
+    adapted = init_variables(VideoLLM(dataclasses.replace(config, lora=LORA)), jax.random.key(0))
+    with pytest.raises(UserError, match="tied output head"):
+        merge_lora(adapted, LORA)
+
+
+def test_bfloat16_compute_stays_near_float32():
+    # Uniform selection: a learned one may keep other tokens where rounding reorders scores.
+    config = tiny.routed(selection="uniform")
+    variables, batch = prepared(), tiny.batch(11, text=5, frames=2)
+    low = run(dataclasses.replace(config, dtype="bfloat16"), variables, batch).logits_BJV
+    assert low.dtype == jnp.float32
+    np.testing.assert_allclose(low, run(config, variables, batch).logits_BJV, atol=0.1)
+
+
+def test_chunked_attention_equals_one_chunk_forward_and_backward(monkeypatch):
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, t, h, 8)), jnp.float32)
+        for t, h in ((37, 4), (50, 2), (50, 2))
+    )
+    query_position = jnp.tile(13 + jnp.arange(37), (2, 1))
+    key_position = jnp.tile(jnp.arange(50), (2, 1))
+
+    def loss(q, k, v):
+        return jnp.sum(attend(q, k, v, query_position, key_position) ** 2)
+
+    whole = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    monkeypatch.setattr("videollm_mod_jax.models.attention.QUERY_CHUNK", 16)
+    chunked = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole, chunked
+    )
+
+
+def test_attend_sees_what_its_drawn_example_draws():
+    empty = 2**30
+    key_position = jnp.array([[0, 1, 4, 5, empty]])
+    k, v = jnp.zeros((1, 5, 1, 5)), jnp.eye(5)[None, :, None, :]
+    out = attend(jnp.zeros((1, 2, 1, 5)), k, v, jnp.array([[4, 5]]), key_position)
+    seen = (np.asarray(out)[0, :, 0] > 0).tolist()
+    assert seen == [[True, True, True, False, False], [True, True, True, True, False]]
+
+
+def test_llama31_rope_scaling_matches_its_piecewise_definition():
+    scaling = RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+    )
+    plain, scaled = (
+        rope_frequencies(128, 500_000.0, None),
+        rope_frequencies(128, 500_000.0, scaling),
+    )
+    for before, after in zip(plain.astype(np.float64), scaled, strict=True):
+        wavelength = 2 * np.pi / before
+        if wavelength < 8192 / 4:
+            expected = before
+        elif wavelength > 8192 / 1:
+            expected = before / 8
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            expected = (1 - smooth) * before / 8 + smooth * before
+        np.testing.assert_allclose(after, expected, rtol=1e-6)
+    assert (plain != scaled).any()

@@ -1,0 +1,85 @@
+"""The import rules that keep the package a house and not a heap, read from the source."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "videollm_mod_jax"
+NAME = PACKAGE.name
+
+ALLOWED = {
+    "models": {"models", "errors"},
+    "data": {"data", "errors"},
+    "training": {"models", "data", "training", "errors"},
+    "streaming": {"models", "data", "training", "streaming", "errors"},
+    "evaluation": {"models", "data", "training", "streaming", "evaluation", "errors"},
+}
+"""What a folder may import. Modules beside the folders are verbs and may import all of it."""
+
+
+def imports(path):
+    """Yields (top-level package, part of our package or None) of every import in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            yield parts[0], parts[1] if parts[0] == NAME and len(parts) > 1 else None
+
+
+def files(folder=""):
+    return sorted((PACKAGE / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_imports_run_one_way(folder):
+    assert files(folder)
+    for path in files(folder):
+        for _, part in imports(path):
+            assert part is None or part in ALLOWED[folder], f"{path} imports {part}"
+
+
+def test_every_folder_has_its_rule():
+    folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders == set(ALLOWED)
+
+
+def test_data_never_imports_jax():
+    for path in files("data"):
+        assert not {top for top, _ in imports(path)} & {"jax", "flax", "optax", "orbax"}, path
+
+
+def test_importing_data_loads_no_model():
+    modules = f"{NAME}.data.pipeline, {NAME}.data.builders.digits_stream"
+    code = (
+        f"import sys, {modules}; sys.exit('flax' in sys.modules or '{NAME}.models' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_public_face_is_complete():
+    package = importlib.import_module(NAME)
+    assert sorted(package.__all__) == dir(package)
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        getattr(package, "lo" + "de")
+
+
+def test_nothing_imports_torch_or_transformers():
+    for path in files():
+        tops = {top for top, _ in imports(path)}
+        assert not tops & {"torch", "transformers", "tensorflow"}, path
+
+
+def test_nothing_unpickles():
+    for path in files():
+        assert not {top for top, _ in imports(path)} & {"pickle", "dill", "joblib"}, path

@@ -1,0 +1,213 @@
+"""A run's configuration, checked, and the data and model that it describes.
+
+The files in `configs/` hold ConfigDicts, which flags can override; here they become frozen
+dataclasses, once, so that a misspelt or wrongly typed key is an error that names it before anything
+is drawn, trained or written.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from videollm_mod_jax.data import augment, dialogue
+from videollm_mod_jax.data.builders import digits_stream
+from videollm_mod_jax.data.example import Budget
+from videollm_mod_jax.data.features import FeatureSource
+from videollm_mod_jax.data.pipeline import Examples, training_batches, turns_of_record
+from videollm_mod_jax.data.tokenizer import Tokenizer, train_bpe
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models.config import VideoLLMConfig, build
+from videollm_mod_jax.models.presets import decoder_preset, vision_preset
+from videollm_mod_jax.training.loop import TrainingConfig
+from videollm_mod_jax.training.tower import TowerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The dataset and how its dialogues become batches.
+
+    Attributes:
+      dataset: `digits_stream`.
+      seed: of drawing, order and disturbance.
+      train, validation, test: streams drawn per split.
+      frames: per stream, at 2 FPS; also the frame budget of an example.
+      system: the instruction that opens every conversation.
+      vocab_size: largest vocabulary of the byte-level BPE trained on the narrations.
+      text_tokens, labels: budget of an example; a longer conversation is an error that says so.
+      disturb_probability, disturb_window: see `augment.Disturbance`.
+      batch_size: examples per update, over all processes.
+      num_workers: processes that load ahead; 0 loads in threads.
+    """
+
+    dataset: str
+    seed: int
+    train: int
+    validation: int
+    test: int
+    frames: int
+    system: str
+    vocab_size: int
+    text_tokens: int
+    labels: int
+    disturb_probability: float
+    disturb_window: int
+    batch_size: int
+    num_workers: int
+
+    def __post_init__(self):
+        if self.dataset != "digits_stream":
+            raise UserError(f"data.dataset is {self.dataset!r}; known: digits_stream")
+
+    @property
+    def budget(self) -> Budget:
+        """The static sizes of an example."""
+        return Budget(frames=self.frames, text_tokens=self.text_tokens, labels=self.labels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Which split is evaluated, and how many streams at a time."""
+
+    split: str
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A whole run.
+
+    Attributes:
+      model: the architecture; its vocabulary size is replaced by the tokenizer's.
+      data: what it learns from.
+      tower: how its vision tower is pretrained.
+      training: how it is trained.
+      evaluation: how it is evaluated, before and after.
+    """
+
+    model: VideoLLMConfig
+    data: DataConfig
+    tower: TowerConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> "Experiment":
+        """Checks the nested values of a config file or of a run's `config.json`.
+
+        Raises:
+          UserError: an unknown, missing or wrongly typed key, named.
+        """
+        return build(cls, table, "config")
+
+
+def model_table(decoder: str, vision: str) -> ml_collections.ConfigDict:
+    """Two presets as a table whose every number a config file or a flag may override.
+
+    Raises:
+      UserError: an unknown preset.
+    """
+    return ml_collections.ConfigDict(
+        {
+            "decoder": dataclasses.asdict(decoder_preset(decoder)),
+            "vision": dataclasses.asdict(vision_preset(vision)),
+        }
+    )
+
+
+def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The nested values of a ConfigDict as JSON would give them back."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+class Dataset:
+    """The records, tokenizer and features of an experiment, in its working directory.
+
+    ```
+    WORKDIR/data/               the TFDS dataset
+    WORKDIR/features/SPLIT/     the features of its frames
+    ```
+    """
+
+    def __init__(self, config: DataConfig, workdir: Path):
+        """Draws the dataset unless it is there."""
+        self.config, self.workdir = config, Path(workdir)
+        self._builder = digits_stream.prepare(
+            self.workdir / "data",
+            digits_stream.DigitsConfig(
+                train=config.train,
+                validation=config.validation,
+                test=config.test,
+                frames=config.frames,
+                seed=config.seed,
+            ),
+        )
+
+    def records(self, split: str) -> Sequence[Mapping[str, Any]]:
+        """The records of a split.
+
+        Raises:
+          UserError: an unknown split.
+        """
+        if split not in self._builder.info.splits:
+            known = ", ".join(self._builder.info.splits)
+            raise UserError(f"the split is {split!r}; {self.config.dataset} has {known}")
+        return self._builder.as_data_source(split)
+
+    def train_tokenizer(self) -> Tokenizer:
+        """A byte-level BPE trained on the training narrations; the same every time."""
+        texts = (turn["text"] for record in self.records("train") for turn in _turns(record))
+        frame = [dialogue.System(self.config.system), dialogue.Stream(2, True)]
+        template = dialogue.render(
+            (*frame, dialogue.User(""), dialogue.Assistant("", True)), 1, "", ""
+        )
+        return train_bpe([template.text, *texts], self.config.vocab_size)
+
+    def features_path(self, split: str) -> Path:
+        """Where the features of a split are stored."""
+        return self.workdir / "features" / split
+
+    def examples(self, split: str, tokenizer: Tokenizer, model: VideoLLMConfig) -> Examples:
+        """The examples of a split, whose features must have been encoded.
+
+        Raises:
+          UserError: no features, or features of another tower.
+        """
+        config = self.config
+        disturb = augment.Disturbance(config.disturb_probability, config.disturb_window)
+        return Examples(
+            records=self.records(split),
+            features=FeatureSource(
+                self.features_path(split),
+                tokens_per_frame=model.tokens_per_frame,
+                width=model.vision.width,
+            ),
+            tokenizer=tokenizer,
+            system=config.system,
+            budget=config.budget,
+            disturb=disturb if split == "train" else None,
+        )
+
+    def training_batches(self, examples: Examples, start: int) -> Iterator[dict[str, Any]]:
+        """This process's batches from the `start`-th on."""
+        import jax
+
+        return training_batches(
+            examples,
+            self.config.batch_size,
+            self.config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            start_batch=start,
+            num_workers=self.config.num_workers,
+        )
+
+
+def _turns(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        turn | {"text": turn["text"].decode()} if isinstance(turn["text"], bytes) else turn
+        for turn in turns_of_record(record)
+    ]

@@ -1,0 +1,155 @@
+"""Trains a streaming video LLM as a config file says.
+
+    python -m videollm_mod_jax.train --config configs/digits.py --workdir runs/digits
+    python -m videollm_mod_jax.train --config configs/digits.py --workdir runs/half \
+        --config.model.routing.keep_ratio=0.5 --config.training.steps=300
+
+Draws the dataset, pretrains the vision tower, stores the features of all frames, evaluates, trains,
+and evaluates again. What the working directory already holds is not made again, so an interrupted
+run continues with the same command, and with the very losses that it would have had.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from rich.console import Console
+from rich.table import Table
+
+from videollm_mod_jax import cli
+from videollm_mod_jax.data import digits
+from videollm_mod_jax.encode import encode_split
+from videollm_mod_jax.evaluation.stream import evaluate_stream
+from videollm_mod_jax.experiment import Dataset, Experiment, plain
+from videollm_mod_jax.models import VideoLLM, VideoLLMConfig
+from videollm_mod_jax.training import checkpoint, loop
+from videollm_mod_jax.training.checkpoint import LoadedModel
+from videollm_mod_jax.training.sharding import Layout, abstract_variables, init_sharded
+from videollm_mod_jax.training.tower import TowerConfig, pretrain_tower
+
+TOWER = "tower"
+HELD_OUT = "held_out.mp4"
+EVALUATION = "evaluation.json"
+SAMPLES = "samples.jsonl"
+
+Report = dict[str, dict[str, float]]
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Report:
+    """Runs an experiment in `workdir`, or what is left of it.
+
+    Args:
+      config: the table of a file in `configs/`.
+      workdir: of the run; holds the model, the logs, the data and the evaluation afterwards.
+
+    Returns:
+      The streaming metrics by name, `before` and `after` training, as in `evaluation.json`.
+
+    Raises:
+      UserError: the config does not fit, or `workdir` holds a run with another one.
+    """
+    table, workdir, console = plain(config), Path(workdir), Console()
+    experiment = Experiment.from_table(table)
+    loop.claim_workdir(workdir, table)
+
+    console.rule("Data")
+    dataset = Dataset(experiment.data, workdir)
+    tokenizer = dataset.train_tokenizer()
+    decoder = dataclasses.replace(experiment.model.decoder, vocab_size=tokenizer.vocab_size)
+    model = dataclasses.replace(experiment.model, decoder=decoder)
+    tower = _tower(model, experiment.tower, workdir / TOWER, console)
+    examples = {}
+    for split in dict.fromkeys(("train", experiment.evaluation.split)):
+        if not dataset.features_path(split).exists():
+            encode_split(model, tower, dataset.records(split), dataset.features_path(split))
+        examples[split] = dataset.examples(split, tokenizer, model)
+    if not (workdir / HELD_OUT).exists():
+        digits.stream_to_video(dataset.records("test")[0], workdir / HELD_OUT)
+
+    def initial_variables(layout: Layout) -> Mapping[str, Any]:
+        key = jax.random.key(experiment.training.seed)
+        variables = init_sharded(VideoLLM(model), key, layout)
+        return variables | {"params": variables["params"] | {"vision": tower}}
+
+    def evaluate(model: LoadedModel) -> Any:
+        split, batch_size = experiment.evaluation.split, experiment.evaluation.batch_size
+        return evaluate_stream(model, examples[split], batch_size=batch_size)
+
+    report = _read_report(workdir)
+    if "before" not in report:
+        console.rule("Evaluation before training")
+        layout = loop.make_layout(experiment.training.sharding, experiment.training.mesh)
+        variables = initial_variables(layout)
+        untrained = LoadedModel(model, variables, tokenizer, experiment.data.system)
+        report["before"] = dataclasses.asdict(evaluate(untrained).metrics)
+        checkpoint.write_json(workdir / EVALUATION, report)
+
+    console.rule("Training")
+    trained = loop.train(
+        experiment.training,
+        workdir,
+        run_config=table,
+        model_config=model,
+        initial_variables=initial_variables,
+        tokenizer=tokenizer,
+        system=experiment.data.system,
+        batches_from=lambda start: dataset.training_batches(examples["train"], start),
+    )
+
+    console.rule("Evaluation after training")
+    after = evaluate(trained)
+    after.write_samples(workdir / SAMPLES)
+    report["after"] = dataclasses.asdict(after.metrics)
+    checkpoint.write_json(workdir / EVALUATION, report)
+    console.print(_table(report, f"{len(after.samples)} held-out streams"))
+    console.print(f"Model, logs and loss curve: {workdir}. Narrate a video nobody trained on:")
+    console.print(
+        f"  python -m videollm_mod_jax.stream --checkpoint {workdir} --video {workdir / HELD_OUT} "
+        f"--out {workdir / 'narrated.mp4'}",
+        soft_wrap=True,
+    )
+    return report
+
+
+def _tower(
+    model: VideoLLMConfig, config: TowerConfig, directory: Path, console: Console
+) -> Mapping[str, Any]:
+    """Parameters of the vision tower: of an earlier run, or pretrained now."""
+    if (directory / checkpoint.WEIGHTS).exists():
+        target = abstract_variables(VideoLLM(model), None)["params"]["vision"]
+        return checkpoint.read_weights(directory, target)
+    tower = pretrain_tower(model.vision, config)
+    console.print(
+        f"Vision tower on unseen scans: {tower.digit_accuracy:.1%} of digits and "
+        f"{tower.empty_accuracy:.1%} of empty places are named right."
+    )
+    checkpoint.write_weights(directory, tower.params)
+    return tower.params
+
+
+def _read_report(workdir: Path) -> Report:
+    path = workdir / EVALUATION
+    return checkpoint.read_json(path) if path.exists() else {}
+
+
+def _table(report: Report, title: str) -> Table:
+    table = Table(title=title)
+    columns = ("LM-PPL ↓", "TimeDiff ↓", "Fluency ↑", "LM-Correctness ↑")
+    for column in ("", *columns):
+        table.add_column(column, justify="right")
+    for name, values in report.items():
+        table.add_row(
+            f"{name} training",
+            f"{values['lm_ppl']:.2f}",
+            f"{values['time_diff']:.2f} s",
+            f"{values['fluency']:.1%}",
+            f"{values['lm_correctness']:.1%}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    cli.run_with_config(train)
