@@ -101,9 +101,11 @@ def test_drawn_example_of_turns():
 
 
 def test_time_of_a_frame_is_not_lost_to_rounding():
-    # 0.1 * 30 > 3 in floating point, yet frame 3 is seen at 0.1 s.
-    conversation = conversation_from_turns([turn("assistant", 0.1)], 10, 30.0, "s")
-    assert conversation[1] == Stream(4, learn=4)
+    # 7 / 25 * 25 > 7, and the float32 of 0.1 is more than 0.1: frames 7 and 3 are meant.
+    for time, fps, frame in ((7 / 25, 25.0, 7), (float(np.float32(0.1)), 30.0, 3)):
+        assert math.ceil(time * fps) == frame + 1
+        conversation = conversation_from_turns([turn("assistant", time)], 10, fps, "s")
+        assert conversation[1] == Stream(frame + 1, learn=frame + 1)
 
 
 def test_turns_equal_a_walk_over_the_frames():

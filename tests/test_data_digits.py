@@ -153,6 +153,12 @@ def test_streams_depend_on_seed_split_and_index_only():
     assert frames("train", 5, 1) == one
     others = {frames("train", 6, 1), frames("train", 5, 2), frames("validation", 5, 1)}
     assert len(others | {one}) == 4
+    # Not only the scans: the stories differ, too.
+    times = [
+        [[t["time"] for t in digits.make_stream(split, i, 0, FRAMES)["turns"]] for i in range(5)]
+        for split in digits.SPLITS
+    ]
+    assert all(len({str(split[i]) for split in times}) == 3 for i in range(5))
 
 
 def test_random_frames_are_labelled_and_look_like_streams(streams):

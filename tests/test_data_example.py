@@ -5,7 +5,14 @@ import pytest
 
 from videollm_mod_jax.data import dialogue
 from videollm_mod_jax.data.dialogue import Assistant, Stream, System, User
-from videollm_mod_jax.data.example import LANGUAGE, STREAM, Budget, build_example, turns_of
+from videollm_mod_jax.data.example import (
+    LANGUAGE,
+    STREAM,
+    Budget,
+    _overlapping,
+    build_example,
+    turns_of,
+)
 from videollm_mod_jax.data.tokenizer import BOS, EOS, train_bpe
 from videollm_mod_jax.errors import UserError
 
@@ -84,6 +91,12 @@ def test_example_equals_a_brute_force_walk(tokens_per_frame):
         assert not built["label_kinds"][count:].any()
         np.testing.assert_array_equal(built["features"][: len(starts)], features)
         assert not built["features"][len(starts) :].any()
+
+
+def test_drawn_example_of_overlap():
+    offsets = np.array([(0, 2), (2, 3), (2, 3), (3, 5)])
+    assert _overlapping(offsets, ((2, 4),)).tolist() == [False, True, True, True]
+    assert "(0,2) (2,3) (2,3) (3,5), ranges (2,4)  ->  False True True True" in _overlapping.__doc__
 
 
 def test_drawn_example_of_labels():

@@ -129,9 +129,12 @@ def test_a_turned_video_is_read_upright(tmp_path):
 
 def test_unreadable_videos_are_named_in_one_line(tmp_path, capfd):
     (tmp_path / "text.mp4").write_text("no video at all")
-    write_video(tmp_path / "whole.mp4", numbered(9), 2.0)
+    noise = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8)
+    write_video(tmp_path / "whole.mp4", noise, 2.0)
     data = (tmp_path / "whole.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])  # the index at the end is missing
+    middle = data.index(b"mdat") + len(data) // 3
+    (tmp_path / "spoilt.mp4").write_bytes(data[:middle] + b"\xff" * 999 + data[middle + 999 :])
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
@@ -141,7 +144,8 @@ def test_unreadable_videos_are_named_in_one_line(tmp_path, capfd):
     for name, words in [
         ("none.mp4", "No such file"),
         ("text.mp4", "cannot read the video"),
-        ("cut.mp4", "found no video stream"),
+        ("cut.mp4", "cannot read the video"),
+        ("spoilt.mp4", "cannot read the video"),
         ("sound.mp4", "found no video stream"),
     ]:
         with pytest.raises(UserError, match=words) as caught:
@@ -168,7 +172,9 @@ def test_a_video_without_frames_is_refused(tmp_path, name, options):
 
 def test_a_failed_write_leaves_nothing(tmp_path):
     def broken():
-        yield np.zeros((32, 32, 3), np.uint8)
+        for _ in range(100):  # enough that the encoder has written some of them
+            yield np.zeros((32, 32, 3), np.uint8)
+        assert len(list(tmp_path.iterdir())) == 1
         raise RuntimeError("camera lost")
 
     with pytest.raises(RuntimeError, match="camera lost"):

@@ -210,7 +210,7 @@ def conversation_from_turns(
                 f"the turn before it, found {time:g} s; sort the turns"
             )
         previous = time
-        # Rounded, because 0.1 * 30 is 3.0000000000000004.
+        # Rounded, because 7 / 25 * 25 is more than 7, and 0.1 in float32 more than 0.1.
         frame = math.ceil(round(time * fps, 6))
         asked = role == "user"
         answers = not asked and time == asked_at

@@ -42,7 +42,7 @@ _NEIGHBOURS = tuple(
     tuple(q for q in range(9) if abs(p // 3 - q // 3) + abs(p % 3 - q % 3) == 1) for p in range(9)
 )
 # Frames from one event to the next: a busy stream, a calm one.
-_PACES = ((2, 3), (2, 3), (3, 4, 5, 6))
+_PACES = ((2, 3, 4), (3, 4), (4, 5, 6))
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,8 @@ def training_batches(
     dataset = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat(None)
     # Batches of indices first, and whole batches as elements, so that neither the split over
     # processes nor the one over workers moves an example to another batch.
-    dataset = dataset.batch(batch_size).map_with_index(load)[start_batch:]
+    dataset = dataset.batch(batch_size, drop_remainder=True)
+    dataset = dataset.map_with_index(load)[start_batch:]
     dataset = dataset.to_iter_dataset(_READ)
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts workers
