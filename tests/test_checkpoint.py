@@ -36,7 +36,7 @@ def assert_bitwise(tree, other):
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model") / "saved"
-    save_model(directory, CONFIG, tiny_training.variables(CONFIG), tiny_training.TOKENIZER)
+    save_model(directory, CONFIG, tiny_training.variables(CONFIG), tiny_training.TOKENIZER, "watch")
     return directory
 
 
@@ -49,7 +49,7 @@ def write_run(directory, steps=(4, 8), scan=True):
     """A run's directory with states whose numbers are random; returns (last state, frozen)."""
     trained, frozen = split_variables(tiny_training.variables(CONFIG, scan), "lora")
     state = create_state(jax.tree.map(np.asarray, trained), OPTIMIZER, seed=0)
-    checkpoint.write_description(directory, CONFIG, tiny_training.TOKENIZER)
+    checkpoint.write_description(directory, CONFIG, tiny_training.TOKENIZER, "watch")
     checkpoint.write_weights(directory, unstack_layers(frozen, PLAN))
     with Checkpointer(directory, keep=2) as checkpointer:
         for step in steps:
@@ -65,6 +65,7 @@ def write_run(directory, steps=(4, 8), scan=True):
 def test_a_saved_model_loads_bitwise(model_directory):
     loaded = load_model(model_directory)
     assert loaded.config == CONFIG
+    assert loaded.system == "watch"
     assert loaded.tokenizer.eos_id == tiny_training.TOKENIZER.eos_id
     assert_bitwise(loaded.variables, tiny_training.variables(CONFIG))
 
@@ -128,11 +129,12 @@ def test_missing_weights_are_refused(copy):
         load_model(copy)
 
 
-@pytest.mark.parametrize("keep_metadata", [True, False])
-def test_damaged_weights_are_refused(copy, keep_metadata):
-    for path in list((copy / "weights").rglob("*")):
-        if path.is_file() and not (keep_metadata and path.name.startswith("_")):
-            path.write_bytes(b"")
+@pytest.mark.parametrize("pattern", ["**/*", "**/_METADATA", "**/d/*"])
+def test_damaged_weights_are_refused(copy, pattern):
+    files = [path for path in (copy / "weights").glob(pattern) if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(b"")
     with pytest.raises(UserError, match="weights cannot be read and is probably damaged"):
         load_model(copy)
 
@@ -154,4 +156,4 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 def test_saving_a_model_over_a_run_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="holds a training run"):
-        save_model(tmp_path, CONFIG, {}, tiny_training.TOKENIZER)
+        save_model(tmp_path, CONFIG, {}, tiny_training.TOKENIZER, "watch")

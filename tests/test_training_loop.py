@@ -79,6 +79,7 @@ def test_training_lowers_the_loss_and_leaves_its_files(whole):
     assert {
         "model.json",
         "config.json",
+        "dialogue.json",
         "tokenizer.json",
         "weights",
         "checkpoints",
@@ -115,7 +116,7 @@ def test_differences_example():
 
 def test_a_directory_that_holds_a_model_is_not_trained_in(tmp_path):
     config = tiny_training.model_config(rank=2)
-    save_model(tmp_path, config, tiny_training.variables(config), tiny_training.TOKENIZER)
+    save_model(tmp_path, config, tiny_training.variables(config), tiny_training.TOKENIZER, "")
     with pytest.raises(UserError, match="holds a model and no training run"):
         tiny_training.train(tmp_path)
     load_model(tmp_path)

@@ -16,12 +16,13 @@ def write(directory, done, steps):
     writer.close()
 
 
-def test_resuming_leaves_the_file_of_an_uninterrupted_run(tmp_path):
+@pytest.mark.parametrize("done", [0, 5, 7])
+def test_resuming_leaves_the_file_of_an_uninterrupted_run(tmp_path, done):
     write(tmp_path / "whole", 0, range(1, 11))
     write(tmp_path / "cut", 0, range(1, 8))
     path = tmp_path / "cut" / metrics.METRICS_FILE
     path.write_text(path.read_text() + '{"step": 8, "langua')  # killed in mid-line
-    write(tmp_path / "cut", 5, range(6, 11))
+    write(tmp_path / "cut", done, range(done + 1, 11))
     assert path.read_bytes() == (tmp_path / "whole" / metrics.METRICS_FILE).read_bytes()
 
 

@@ -132,6 +132,7 @@ def train(workdir, kill_at: int = -1, rank: int = 2, **changes):
         model_config=model,
         initial_variables=lambda layout: variables(model),
         tokenizer=TOKENIZER,
+        system="watch",
         batches_from=lambda start: batches_from(start, kill_at),
     )
 

@@ -2,6 +2,7 @@
 
     DIR/model.json                VideoLLMConfig
     DIR/tokenizer.json, tokenizer_config.json
+    DIR/dialogue.json             the instruction that opens every conversation
     DIR/config.json               the run's configuration; a converted model has none
     DIR/weights/                  variables that no update changes, written once
     DIR/checkpoints/<step>/       trained/ optimizer/ meta/, the newest few
@@ -31,6 +32,7 @@ from videollm_mod_jax.training.state import TrainState
 
 FORMAT = 1
 MODEL_FILE = "model.json"
+DIALOGUE_FILE = "dialogue.json"
 CONFIG_FILE = "config.json"
 WEIGHTS = "weights"
 CHECKPOINTS = "checkpoints"
@@ -44,11 +46,13 @@ class LoadedModel:
       config: its architecture.
       variables: of `VideoLLM(config, scan=False)`.
       tokenizer: the one that it was trained with.
+      system: the instruction that opened every conversation it was trained on.
     """
 
     config: VideoLLMConfig
     variables: Variables
     tokenizer: Tokenizer
+    system: str
 
 
 def save_model(
@@ -56,6 +60,7 @@ def save_model(
     config: VideoLLMConfig,
     variables: Variables,
     tokenizer: Tokenizer,
+    system: str,
 ) -> None:
     """Writes a model that has no training state; `load_model` is the inverse.
 
@@ -64,6 +69,7 @@ def save_model(
       config: the architecture.
       variables: of `VideoLLM(config, scan=False)`, all of them.
       tokenizer: saved beside the weights.
+      system: the instruction that opens every conversation.
 
     Raises:
       UserError: the directory holds a training run.
@@ -71,7 +77,7 @@ def save_model(
     directory = Path(directory)
     if (directory / CONFIG_FILE).exists():
         raise UserError(f"{directory} holds a training run; save the model to another directory")
-    write_description(directory, config, tokenizer)
+    write_description(directory, config, tokenizer, system)
     write_weights(directory, variables)
 
 
@@ -92,6 +98,7 @@ def load_model(directory: str | os.PathLike[str], layout: Layout | None = None) 
     directory = Path(directory)
     config = read_model_config(directory)
     tokenizer = Tokenizer.load(directory)
+    system = read_json(directory / DIALOGUE_FILE)["system"]
     expected = abstract_variables(VideoLLM(config), layout)
     parts = [directory / WEIGHTS]
     if (directory / CHECKPOINTS).exists():
@@ -103,12 +110,15 @@ def load_model(directory: str | os.PathLike[str], layout: Layout | None = None) 
     loaded: Variables = {}
     for part, tree in zip(parts, stored, strict=True):
         loaded = merge_variables(loaded, _restore(part, _like(tree, expected)))
-    return LoadedModel(config, loaded, tokenizer)
+    return LoadedModel(config, loaded, tokenizer, system)
 
 
-def write_description(directory: Path, config: VideoLLMConfig, tokenizer: Tokenizer) -> None:
-    """Writes `model.json` and the tokenizer's files."""
+def write_description(
+    directory: Path, config: VideoLLMConfig, tokenizer: Tokenizer, system: str
+) -> None:
+    """Writes all that a model is, save its weights."""
     write_json(directory / MODEL_FILE, config.to_dict())
+    write_json(directory / DIALOGUE_FILE, {"system": system})
     tokenizer.save(directory)
 
 
@@ -227,10 +237,12 @@ def read_json(path: Path) -> Any:
     """Reads a json file.
 
     Raises:
-      UserError: it is not json.
+      UserError: it is missing or not json.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is not json: {error}") from error
 

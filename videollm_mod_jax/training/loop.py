@@ -32,7 +32,7 @@ from videollm_mod_jax.training.optimizer import (
     make_optimizer,
     split_variables,
 )
-from videollm_mod_jax.training.sharding import Layout
+from videollm_mod_jax.training.sharding import Layout, make_layout
 from videollm_mod_jax.training.state import TrainState, create_state
 from videollm_mod_jax.training.step import BATCH_KEYS, TrainStep, make_train_step
 
@@ -83,6 +83,7 @@ class TrainingConfig:
 
 MAY_CHANGE = (
     "evaluation",
+    "data.num_workers",
     *(
         f"training.{field}"
         for field in (
@@ -107,6 +108,7 @@ def train(
     model_config: VideoLLMConfig,
     initial_variables: Callable[[Layout], Variables],
     tokenizer: Tokenizer,
+    system: str,
     batches_from: Callable[[int], Iterator[HostBatch]],
 ) -> LoadedModel:
     """Trains a model to the end, from the beginning or from where `workdir` stopped.
@@ -122,6 +124,7 @@ def train(
       initial_variables: gives the variables of `VideoLLM(model_config, scan=False)` to start from;
         called only when there is no checkpoint.
       tokenizer: saved with the model.
+      system: the instruction that opens every conversation, saved with the model.
       batches_from: `batches_from(n)` iterates over the batches from the n-th on; each is a dict of
         this process's examples, stacked (`step.Batch` names the keys). One is used per update.
 
@@ -135,7 +138,8 @@ def train(
     """
     workdir = Path(workdir)
     run = _Run.build(config, model_config)
-    _claim_workdir(workdir, run_config, model_config, tokenizer)
+    claim_workdir(workdir, run_config)
+    checkpoint.write_description(workdir, model_config, tokenizer, system)
     with checkpoint.Checkpointer(workdir, keep=config.keep_checkpoints) as checkpointer:
         # 1. The newest complete checkpoint of the workdir, with the frozen weights beside it.
         # 2. What the caller starts from: a loaded model, a pretrained tower, random weights.
@@ -176,7 +180,7 @@ class _Run:
 
     @classmethod
     def build(cls, config: TrainingConfig, model_config: VideoLLMConfig) -> "_Run":
-        layout = sharding.make_layout(config.sharding, config.mesh)
+        layout = make_layout(config.sharding, config.mesh)
         schedule = learning_rate_schedule(config.optimizer, config.steps)
         optimizer = make_optimizer(config.optimizer, schedule)
         model = VideoLLM(model_config, scan=config.scan, remat=config.remat)
@@ -342,13 +346,18 @@ class _Log:
             self._console.print(f"step {step} of {steps}: {state}", highlight=False)
 
 
-def _claim_workdir(
-    workdir: Path,
-    run_config: Mapping[str, Any],
-    model_config: VideoLLMConfig,
-    tokenizer: Tokenizer,
-) -> None:
-    """Writes what describes the run, after making sure that it overwrites no other."""
+def claim_workdir(workdir: str | Path, run_config: Mapping[str, Any]) -> None:
+    """Makes a directory this run's: writes `config.json`, once it is sure to overwrite no other.
+
+    Args:
+      workdir: of the run; made if missing.
+      run_config: everything that the run depends on, as json types.
+
+    Raises:
+      UserError: the directory holds a model without a run, or a run with another configuration;
+        the keys that differ are named (those of `MAY_CHANGE` may).
+    """
+    workdir = Path(workdir)
     run_config = json.loads(json.dumps(run_config))
     path = workdir / checkpoint.CONFIG_FILE
     if path.exists():
@@ -356,14 +365,13 @@ def _claim_workdir(
         if different:
             raise UserError(
                 f"{workdir} holds a run with another configuration: {'; '.join(different)}; give "
-                "these keys their old values to resume it, or choose another workdir"
+                "these keys their old values to resume it, or choose another workdir, or delete it"
             )
     elif (workdir / checkpoint.WEIGHTS).exists():
         raise UserError(
             f"{workdir} holds a model and no training run; choose another workdir, so that "
             "training does not overwrite the model"
         )
-    checkpoint.write_description(workdir, model_config, tokenizer)
     checkpoint.write_json(path, run_config)
 
 
