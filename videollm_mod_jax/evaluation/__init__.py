@@ -1,0 +1,1 @@
+"""Evaluation: the streaming metrics of VideoLLM-online."""

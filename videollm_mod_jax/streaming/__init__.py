@@ -1,0 +1,1 @@
+"""Live streaming: the engine, the decision to speak, sessions, and drawn narrations."""

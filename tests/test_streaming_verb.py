@@ -1,0 +1,164 @@
+"""`stream` narrates a file from one directory, and refuses bad input with one line."""
+
+import re
+
+import numpy as np
+import pytest
+
+from tests import tiny_stream
+from videollm_mod_jax import stream
+from videollm_mod_jax.data.video import Frame, read_video, write_video
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.streaming.narrate import Caption, draw_narration
+from videollm_mod_jax.streaming.session import Answer
+from videollm_mod_jax.training.checkpoint import save_model
+
+SECONDS = 3
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A checkpoint and a video of three seconds."""
+    directory = tmp_path_factory.mktemp("run")
+    model = tiny_stream.loaded_model(silence=0.2)
+    save_model(directory / "model", model.config, model.variables, model.tokenizer, model.system)
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (SECONDS * 4, 18, 24, 3), dtype=np.uint8)
+    write_video(directory / "clip.mp4", frames, fps=4)
+    return directory
+
+
+def command(run, *more):
+    return [
+        *("--checkpoint", str(run / "model"), "--video", str(run / "clip.mp4")),
+        *("--max-frames", "6", "--max-text-tokens", "256", "--max-new-tokens", "12"),
+        *more,
+    ]
+
+
+def test_narrates_answers_and_reports(run, tmp_path, capsys):
+    out = tmp_path / "narrated.mp4"
+    status = stream.main(
+        command(run, "--ask", "1.2: How many?", "--ask", "2.9: And now?", "--out", str(out))
+    )
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    lines = printed.out.splitlines()
+    asked = [i for i, line in enumerate(lines) if "User:" in line]
+    assert [lines[i].split() for i in asked] == [
+        ["1.2", "s", "User:", "How", "many?"],
+        ["2.9", "s", "User:", "And", "now?"],
+    ]
+    assert all(re.match(r" +(1\.2|2\.9) s", lines[i + 1]) for i in asked)
+    assert "6 frames at" in printed.out
+    for part in ("decode", "encode", "prefill", "generate", "total"):
+        assert re.search(rf"^  {part} +[\d.]+ +[\d.]+", printed.out, re.MULTILINE), part
+    assert re.search(r"cache: [\d,]+ bytes per frame", printed.out)
+    frames = list(read_video(out, fps=2))
+    assert [frame.time for frame in frames] == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+    assert frames[0].image.shape[1] >= 384
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--ask", "9: Late?"], "the question at 9 s comes after the end of the video"),
+        (["--ask", "How many?"], 'expected "SECONDS: QUESTION"'),
+        (["--ask", "-1: How many?"], 'expected "SECONDS: QUESTION"'),
+        (["--ask", "1:"], 'expected "SECONDS: QUESTION"'),
+        (["--fps", "0"], "--fps is 0"),
+        (["--video", "missing.mp4"], "missing.mp4"),
+        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--silence-threshold", "3"], "silence_threshold is 3"),
+        (["--fps", "8"], "max_frames = 6"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(run, tmp_path, capsys, more, message):
+    out = tmp_path / "narrated.mp4"
+    assert stream.main(command(run, "--out", str(out), *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        stream.main(["--help"])
+    assert exit_info.value.code == 0
+    assert "12.5: How many digits so far?" in " ".join(capsys.readouterr().out.split())
+
+
+class FakeSession:
+    """Speaks at one second, and answers questions with their own text."""
+
+    def __init__(self):
+        self.order = []
+
+    def see(self, frame):
+        self.order.append(frame.time)
+        return Answer(frame.time, "One second.") if frame.time == 1.0 else None
+
+    def ask(self, question, time):
+        self.order.append(question)
+        return Answer(time, question.upper())
+
+
+def narrated(session, questions, times=(0.0, 0.5, 1.0, 1.5)):
+    frames = [Frame(time, np.zeros((4, 4, 3), np.uint8)) for time in times]
+    questions = [stream.parse_question(text) for text in questions]
+    said = []
+    shown = stream.narrate(session, frames, questions, 2.0, said.append, [])
+    return [(frame.time, [c.text for c in captions]) for frame, captions in shown], said
+
+
+def test_a_question_comes_before_the_first_frame_at_or_after_its_time():
+    session = FakeSession()
+    shown, said = narrated(session, ["1.75: d", "0: a", "1.0: c", "0.6: b"])
+    assert session.order == ["a", 0.0, 0.5, "b", "c", 1.0, 1.5, "d"]
+    assert shown == [
+        (0.0, ["A"]),
+        (0.5, ["A"]),
+        (1.0, ["A", "B", "C", "One second."]),
+        (1.5, ["A", "B", "C", "One second.", "D"]),
+    ]
+    assert said[1] == Caption(time=0.6, text="B", question="b")
+    assert said[3] == Caption(time=1.0, text="One second.", question=None)
+
+
+def test_a_question_after_the_last_frame_of_a_stream_without_length_is_refused():
+    with pytest.raises(UserError, match="the question at 9 s comes after the end"):
+        narrated(FakeSession(), ["9: late"])
+
+
+def test_a_question_may_hold_colons():
+    assert stream.parse_question(" 2.5 :At 1:30, what? ") == stream.Question(2.5, "At 1:30, what?")
+
+
+def test_pictures_of_a_narration_share_one_even_size_and_stay_legible():
+    picture = np.full((47, 61, 3), 90, np.uint8)
+    long = Caption(time=0.0, text="word " * 400, question=None)
+    empty = draw_narration(picture, 0.0, [])
+    full = draw_narration(picture, 99.5, [long, long])
+    assert empty.shape == full.shape
+    assert empty.shape[0] % 2 == empty.shape[1] % 2 == 0
+    assert empty.shape[1] >= 384
+    scale = 7  # the whole factor that brings 61 pixels to 384 or more
+    assert (full[: 47 * scale, : 61 * scale] == 90).all()
+    panel = full[47 * scale :]
+    assert (panel.max(axis=2) > 250).any()  # white text
+    assert not (panel[:, -4:].max(axis=2) > 100).any()  # none of it cut by the edge
+
+
+def test_the_last_answer_stays_until_the_next():
+    picture = np.zeros((48, 48, 3), np.uint8)
+    first = Caption(time=0.0, text="A seven.", question=None)
+    second = Caption(time=1.0, text="Two.", question="How many?")
+    shown = draw_narration(picture, 0.0, [first])
+    np.testing.assert_array_equal(shown, draw_narration(picture, 0.0, [first]))
+    blue = [
+        (image[..., 2].astype(int) - image[..., 0] > 80).any()
+        for image in (shown, draw_narration(picture, 0.0, [first, second]))
+    ]
+    assert blue == [False, True]  # only a question is blue

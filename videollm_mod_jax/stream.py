@@ -1,0 +1,235 @@
+"""Plays a video to a trained model, which narrates it and answers questions as it goes.
+
+    python -m videollm_mod_jax.stream --checkpoint runs/digits --video clip.mp4 \\
+        --ask "4.5: How many digits so far?" --out narrated.mp4
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import av
+import numpy as np
+
+from videollm_mod_jax import cli
+from videollm_mod_jax.data.video import Frame, read_video, write_video
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models import full_computation
+from videollm_mod_jax.streaming.engine import cache_bytes_per
+from videollm_mod_jax.streaming.narrate import Caption, draw_narration
+from videollm_mod_jax.streaming.session import StreamingSession
+from videollm_mod_jax.training.checkpoint import LoadedModel, load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question of the user, at a time in seconds."""
+
+    time: float
+    text: str
+
+
+def parse_question(text: str) -> Question:
+    """Reads `--ask`: `"12.5: How many?"` is a question at 12.5 seconds.
+
+    Raises:
+      UserError: no time, or no question.
+    """
+    seconds, _, question = text.partition(":")
+    try:
+        when = float(seconds)
+    except ValueError:
+        when = math.nan
+    if not (math.isfinite(when) and when >= 0 and question.strip()):
+        raise UserError(
+            f'--ask is {text!r}; expected "SECONDS: QUESTION", such as "12.5: How many so far?"'
+        )
+    return Question(when, question.strip())
+
+
+def narrate(
+    session: StreamingSession,
+    frames: Iterable[Frame],
+    questions: Sequence[Question],
+    fps: float,
+    say: Callable[[Caption], None],
+    decode_times: list[float],
+) -> Iterator[tuple[Frame, tuple[Caption, ...]]]:
+    """Shows all frames, and puts every question before the first frame at or after its time.
+
+    Args:
+      session: a fresh one.
+      frames: in the order of time.
+      questions: in any order.
+      fps: at which the frames were sampled.
+      say: called with everything that the model says, as it says it.
+      decode_times: gets the seconds that each frame took to come.
+
+    Yields:
+      Every frame with all that was said up to it. What is asked behind the last frame is said with
+      it.
+
+    Raises:
+      UserError: a question after the end of the video.
+    """
+    waiting = sorted(questions, key=lambda question: question.time)
+    captions: list[Caption] = []
+
+    def add(caption: Caption) -> None:
+        captions.append(caption)
+        say(caption)
+
+    def ask_until(end: float) -> None:
+        while waiting and waiting[0].time <= end:
+            question = waiting.pop(0)
+            answer = session.ask(question.text, question.time)
+            add(Caption(time=answer.time, text=answer.text, question=question.text))
+
+    last = None
+    for frame in _timed(frames, decode_times):
+        if last is not None:
+            yield last, tuple(captions)
+        ask_until(frame.time)
+        if answer := session.see(frame):
+            add(Caption(time=answer.time, text=answer.text, question=None))
+        last = frame
+    end = last.time + 1 / fps
+    ask_until(end)
+    if waiting:
+        _refuse_after(waiting[-1].time, end)
+    yield last, tuple(captions)
+
+
+def _timed(frames: Iterable[Frame], decode_times: list[float]) -> Iterator[Frame]:
+    iterator = iter(frames)
+    while True:
+        began = time.perf_counter()
+        frame = next(iterator, None)
+        if frame is None:
+            return
+        decode_times.append(time.perf_counter() - began)
+        yield frame
+
+
+def report(session: StreamingSession, model: LoadedModel, decode_times: Sequence[float]) -> str:
+    """The speed of a stream: frames per second, latencies per frame by part, cache bytes."""
+    timings = session.timings
+    parts_ms = {"decode": 1e3 * np.array(decode_times)} | {
+        part: 1e3 * np.array([getattr(timing, part) for timing in timings])
+        for part in ("encode", "prefill", "generate")
+    }
+    parts_ms["total"] = np.sum(list(parts_ms.values()), axis=0)
+    answers_ms = parts_ms["generate"][parts_ms["generate"] > 0]
+    parts_ms["generate"] = answers_ms if len(answers_ms) else np.zeros(1)
+    lines = [
+        f"{len(timings)} frames at {1e3 * len(timings) / parts_ms['total'].sum():.1f} frames/s",
+        f"{'ms per frame':<14}{'p50':>9}{'p95':>9}",
+    ]
+    for part, ms in parts_ms.items():
+        p50, p95 = np.percentile(ms, (50, 95))
+        note = f"   over the {len(answers_ms)} frames with an answer" if part == "generate" else ""
+        lines.append(f"  {part:<12}{p50:>9.1f}{p95:>9.1f}{note}")
+    mine = session.cache_bytes_per_frame
+    dense = dataclasses.replace(model.config, routing=full_computation())
+    share = mine / cache_bytes_per(dense, text=1, frames=1)
+    lines.append(
+        f"cache: {mine:,} bytes per frame with its interval token, {share:.2f} of what the model "
+        "would need without routing"
+    )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    return cli.report_user_errors(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    questions = [parse_question(text) for text in arguments.ask]
+    if not arguments.fps > 0:
+        raise UserError(f"--fps is {arguments.fps:g}; expected more than 0")
+    _check_questions(questions, arguments.video, arguments.fps)
+    model = load_model(arguments.checkpoint)
+    session = StreamingSession(
+        model,
+        silence_threshold=arguments.silence_threshold,
+        max_frames=arguments.max_frames,
+        max_text_tokens=arguments.max_text_tokens,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        system=arguments.system,
+        seed=arguments.seed,
+    )
+    decode_times: list[float] = []
+    frames = read_video(arguments.video, arguments.fps)
+    narrated = narrate(session, frames, questions, arguments.fps, _say, decode_times)
+    if arguments.out is None:
+        for _ in narrated:
+            pass
+    else:
+        pictures = (draw_narration(frame.image, frame.time, said) for frame, said in narrated)
+        write_video(arguments.out, pictures, arguments.fps)
+    print(report(session, model, decode_times))
+    if arguments.out is not None:
+        print(f"wrote {arguments.out}")
+
+
+def _check_questions(questions: Sequence[Question], video: str, fps: float) -> None:
+    """Refuses a question after the end before anything is loaded, if the file knows its length."""
+    try:
+        with av.open(video) as container:
+            length = container.duration
+    except av.FFmpegError:
+        return  # read_video says what is wrong
+    if length is not None:
+        _refuse_after(
+            max((q.time for q in questions), default=0.0), length / av.time_base + 1 / fps
+        )
+
+
+def _refuse_after(time: float, end: float) -> None:
+    if time > end:
+        raise UserError(
+            f"--ask: the question at {time:g} s comes after the end of the video, {end:g} s; ask "
+            "earlier"
+        )
+
+
+def _say(caption: Caption) -> None:
+    if caption.question is not None:
+        print(f"{caption.time:8.1f} s  User: {caption.question}")
+    print(f"{caption.time:8.1f} s  {caption.text}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m videollm_mod_jax.stream",
+        description="Plays a video to a trained model, frame by frame. The model speaks when it "
+        "chooses to, and answers your questions at their times; then its speed is reported.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="what train or convert wrote")
+    add("--video", required=True, metavar="FILE", help="any file or URL that FFmpeg reads")
+    add("--fps", type=float, default=2.0, help="frames per second that the model sees; take the "
+        "rate of its training")  # fmt: skip
+    add("--ask", action="append", default=[], metavar='"SECONDS: QUESTION"', help="ask in "
+        'mid-stream, such as "12.5: How many digits so far?"; may be repeated')  # fmt: skip
+    add("--out", metavar="FILE.mp4", help="write the video with its narration drawn below it")
+    add("--silence-threshold", type=float, metavar="P", help="speak where the probability of "
+        "silence is below P in [0, 1]; by default where silence is not the likeliest")  # fmt: skip
+    add("--temperature", type=float, default=0.0, help="0 is greedy; more samples answers")
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--max-frames", type=int, default=1200, help="frames that the caches have room for")
+    add("--max-text-tokens", type=int, default=4096, help="text tokens that they have room for")
+    add("--max-new-tokens", type=int, default=64, help="longest answer")
+    add("--system", help="instruction that opens the dialogue; by default that of the training")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
