@@ -1,6 +1,8 @@
 """Sampling times, letterbox, stream choice, rotation and errors, on videos that the tests write."""
 
 import fractions
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -127,7 +129,7 @@ def test_a_turned_video_is_read_upright(tmp_path):
         assert read[:, :12].max() < 40
 
 
-def test_unreadable_videos_are_named_in_one_line(tmp_path, capfd):
+def test_unreadable_videos_are_named_in_one_line(tmp_path):
     (tmp_path / "text.mp4").write_text("no video at all")
     noise = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8)
     write_video(tmp_path / "whole.mp4", noise, 2.0)
@@ -154,7 +156,35 @@ def test_unreadable_videos_are_named_in_one_line(tmp_path, capfd):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="fps: expected more than 0"):
         list(read_video(tmp_path / "whole.mp4", 0))
-    assert capfd.readouterr() == ("", "")
+
+
+SPOILT = """
+import sys
+from videollm_mod_jax.data.video import read_video
+
+try:
+    list(read_video(sys.argv[1], 2.0))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_ffmpeg_adds_no_lines_of_its_own(tmp_path):
+    """In a process of its own, because FFmpeg may hold its lines back until the end."""
+    noise = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8)
+    write_video(tmp_path / "whole.mp4", noise, 2.0)
+    data = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    done = subprocess.run(
+        [sys.executable, "-c", SPOILT, tmp_path / "cut.mp4"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PYTHONPATH": ":".join(filter(None, sys.path)), "PATH": ""},
+        check=True,
+    )
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(
