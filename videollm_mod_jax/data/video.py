@@ -11,10 +11,6 @@ import numpy as np
 from videollm_mod_jax.data import files
 from videollm_mod_jax.errors import UserError
 
-# FFmpeg writes to stderr whatever it dislikes in a file; what matters reaches us as an exception.
-# The level is FFmpeg's own: `av.logging.set_level` would route the messages of decoder threads
-# through Python, which deadlocks on a corrupt file.
-av.logging.set_libav_level(av.logging.PANIC)
 # Containers round time stamps, Matroska to a millisecond.
 _TIME_TOLERANCE = 1e-3
 
