@@ -46,6 +46,7 @@ def test_a_killed_run_resumes_with_the_losses_of_an_uninterrupted_one(whole, tmp
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     before = metrics.read_metrics(tmp_path)
     assert 4 <= len(before) < 10
+    assert (tmp_path / "checkpoints" / "4").exists()
 
     resumed = tiny_training.train(tmp_path)
     assert metrics.read_metrics(tmp_path) == metrics.read_metrics(whole[0])
@@ -94,9 +95,11 @@ def test_training_lowers_the_loss_and_leaves_its_files(whole):
 def test_a_finished_run_is_only_loaded_again(whole):
     directory, trained = whole
     before = (directory / "metrics.jsonl").read_bytes()
+    files = {path.name for path in directory.iterdir()}
     again = tiny_training.train(directory, kill_at=0)
     assert_bitwise(again.variables, trained.variables)
     assert (directory / "metrics.jsonl").read_bytes() == before
+    assert {path.name for path in directory.iterdir()} == files
 
 
 def test_resuming_with_another_configuration_names_the_keys(whole):
@@ -128,13 +131,13 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 
 
 def test_data_that_ends_early_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_training, "batches_from", lambda start, kill_at: iter(()))
+    monkeypatch.setattr(tiny_training, "batches_from", lambda *arguments: iter(()))
     with pytest.raises(UserError, match="data ended before update 1 of 10"):
         tiny_training.train(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
-    def batches(start, kill_at):
+    def batches(start, *arguments):
         for index in range(start, 9):
             batch = tiny_training.batch(index)
             if index == 1:

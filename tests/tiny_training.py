@@ -2,14 +2,17 @@
 
     python -m tests.tiny_training WORKDIR KILL_AT
 
-KILL_AT: the process is killed when it asks for this batch; -1 for never.
+KILL_AT: the process is killed when it asks for this batch, after its checkpoint 4 is complete; -1
+for never.
 """
 
 import dataclasses
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -96,11 +99,13 @@ def batch(index: int, batch_size: int = 4) -> dict[str, np.ndarray]:
     return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 
 
-def batches_from(start: int, kill_at: int = -1) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches; the process dies when it asks for batch `kill_at`."""
+def batches_from(start: int, kill_at: int = -1, after: Path = Path()) -> Iterator[dict]:
+    """Endless batches; the process dies when it asks for batch `kill_at` and `after` exists."""
     index = start
     while True:
         if index == kill_at:
+            while not after.exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         yield batch(index)
         index += 1
@@ -133,7 +138,7 @@ def train(workdir, kill_at: int = -1, rank: int = 2, **changes):
         initial_variables=lambda layout: variables(model),
         tokenizer=TOKENIZER,
         system="watch",
-        batches_from=lambda start: batches_from(start, kill_at),
+        batches_from=lambda start: batches_from(start, kill_at, Path(workdir) / "checkpoints/4"),
     )
 
 
