@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from videollm_mod_jax.errors import UserError
@@ -45,6 +45,8 @@ def run_with_config(run: Callable[[ml_collections.ConfigDict, str], None]) -> No
         "workdir", None, "Directory of the run; made if missing, resumed if it holds this run."
     )
     flags.mark_flags_as_required(["config", "workdir"])
+    # Libraries report every file they write; what a user wants to see, we print.
+    flags.set_default(flags.FLAGS["verbosity"], logging.ERROR)
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
