@@ -151,7 +151,7 @@ def _open(name: str, data_dir: Path, split: str) -> Sequence[Mapping[str, Any]]:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError as error:
         raise UserError(
-            f"{data_dir} holds no TFDS dataset {name!r}; draw it by training"
+            f"{data_dir} holds no TFDS dataset {name!r}; --data-dir says where to look"
         ) from error
     if split not in builder.info.splits:
         known = ", ".join(builder.info.splits)
