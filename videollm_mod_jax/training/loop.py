@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import rich.console
-import rich.progress
 
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
@@ -24,7 +21,6 @@ from videollm_mod_jax.models import (
 )
 from videollm_mod_jax.training import checkpoint, metrics, sharding
 from videollm_mod_jax.training.checkpoint import LoadedModel
-from videollm_mod_jax.training.losses import Sums
 from videollm_mod_jax.training.optimizer import (
     OptimizerConfig,
     Variables,
@@ -244,7 +240,7 @@ class _Run:
         """Runs the updates after `done`, logging and saving on the way and at the end."""
         config = self.config
         batches = iter(batches_from(done))
-        with _Log(workdir, done, config) as log:
+        with metrics.Log(workdir, done, config.steps, config.log_every) as log:
             for step in range(done + 1, config.steps + 1):
                 batch = self._put(next(batches, None), step)
                 with self.layout.active(), jax.transfer_guard("disallow"):
@@ -283,67 +279,6 @@ class _Run:
             return state
         out = sharding.shardings(self.stored[0])
         return jax.jit(lambda tree: unstack_layers(tree, self.plan), out_shardings=out)(state)
-
-
-class _Log:
-    """The metric files and the progress bar; one step behind the device."""
-
-    def __init__(self, workdir: Path, done: int, config: TrainingConfig):
-        self._config = config
-        self._writer = metrics.Writer(workdir, done)
-        self._console = rich.console.Console(stderr=True)
-        self._progress = rich.progress.Progress(
-            rich.progress.TextColumn("training"),
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[state]}"),
-            rich.progress.TimeRemainingColumn(),
-            console=self._console,
-        )
-        self._task = self._progress.add_task(
-            "training", total=config.steps, completed=done, state="compiling"
-        )
-        self._waiting: tuple[int, Sums] | None = None
-        self._first: tuple[int, float] | None = None
-
-    def __enter__(self) -> "_Log":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-        self._writer.close()
-
-    def record(self, step: int, sums: Sums) -> None:
-        """Notes a step that was dispatched; writes the one before it."""
-        before, self._waiting = self._waiting, (step, sums)
-        if before is not None:
-            self._write(*before)
-
-    def catch_up(self) -> None:
-        """Writes the last step as well."""
-        if self._waiting is not None:
-            self._write(*self._waiting)
-        self._waiting = None
-
-    def _write(self, step: int, sums: Sums) -> None:
-        values = metrics.means(jax.device_get(sums))
-        metrics.check_finite(step, values)
-        events, state = {}, f"loss {values.get('loss', 0.0):.3f}"
-        # The first step compiles, and says nothing about speed.
-        if self._first is None:
-            self._first = (step, time.monotonic())
-        else:
-            first, start = self._first
-            speed = (step - first) / (time.monotonic() - start)
-            events, state = {"steps_per_second": speed}, f"{state}, {speed:.2f} steps/s"
-        steps = self._config.steps
-        if step % self._config.log_every == 0 or step == steps:
-            self._writer.write(step, values, events=events)
-        self._progress.update(self._task, completed=step, state=state)
-        # A bar is drawn on terminals only; a log file gets twenty lines.
-        if not self._console.is_terminal and step % max(1, steps // 20) == 0:
-            self._console.print(f"step {step} of {steps}: {state}", highlight=False)
 
 
 def claim_workdir(workdir: str | Path, run_config: Mapping[str, Any]) -> None:

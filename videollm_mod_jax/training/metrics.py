@@ -3,13 +3,18 @@
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import rich.console
+import rich.progress
 import tensorboardX
 
 from videollm_mod_jax.data import files
+from videollm_mod_jax.training.losses import Sums
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
@@ -61,6 +66,75 @@ class Writer:
         """Closes the files."""
         self._file.close()
         self._events.close()
+
+
+class Log:
+    """The metric files and the progress bar of a run; one step behind the device.
+
+    A context manager. A step is fetched when the next one was dispatched, so that the device never
+    waits for the host.
+    """
+
+    def __init__(self, directory: Path, done: int, steps: int, log_every: int):
+        """Goes on after update `done` of `steps`, with a line every `log_every` updates."""
+        self._steps, self._log_every = steps, log_every
+        self._writer = Writer(directory, done)
+        self._console = rich.console.Console(stderr=True)
+        self._progress = rich.progress.Progress(
+            rich.progress.TextColumn("training"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[state]}"),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._progress.add_task(
+            "training", total=steps, completed=done, state="compiling"
+        )
+        self._waiting: tuple[int, Sums] | None = None
+        self._first: tuple[int, float] | None = None
+
+    def __enter__(self) -> "Log":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+        self._writer.close()
+
+    def record(self, step: int, sums: Sums) -> None:
+        """Notes a step that was dispatched; writes the one before it.
+
+        Raises:
+          FloatingPointError: a value of the step before is not finite.
+        """
+        before, self._waiting = self._waiting, (step, sums)
+        if before is not None:
+            self._write(*before)
+
+    def catch_up(self) -> None:
+        """Waits for the last step and writes it as well."""
+        if self._waiting is not None:
+            self._write(*self._waiting)
+        self._waiting = None
+
+    def _write(self, step: int, sums: Sums) -> None:
+        values = means(jax.device_get(sums))
+        check_finite(step, values)
+        events, state = {}, f"loss {values.get('loss', 0.0):.3f}"
+        # The first step compiles, and says nothing about speed.
+        if self._first is None:
+            self._first = (step, time.monotonic())
+        else:
+            first, start = self._first
+            speed = (step - first) / (time.monotonic() - start)
+            events, state = {"steps_per_second": speed}, f"{state}, {speed:.2f} steps/s"
+        if step % self._log_every == 0 or step == self._steps:
+            self._writer.write(step, values, events=events)
+        self._progress.update(self._task, completed=step, state=state)
+        # A bar is drawn on terminals only; a log file gets twenty lines.
+        if not self._console.is_terminal and step % max(1, self._steps // 20) == 0:
+            self._console.print(f"step {step} of {self._steps}: {state}", highlight=False)
 
 
 def read_metrics(directory: str | os.PathLike[str]) -> list[dict[str, float]]:
