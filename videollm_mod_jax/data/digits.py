@@ -112,8 +112,8 @@ class Story:
 def tell(rng: np.random.Generator, num_frames: int, split_scans: Scans) -> Story:
     """Invents a story: events, their narrations at the frame's time, and perhaps a question.
 
-    Half of the streams have one question, at the time of a frame without an event; it is answered
-    from the frames before.
+    Half of the streams have one question, at the time of any frame but the first three; it comes
+    before that frame and is answered from the frames before.
     """
     scan_F9 = np.full((num_frames, 9), EMPTY)
     now = np.full(9, EMPTY)  # rows of split_scans
@@ -128,16 +128,13 @@ def tell(rng: np.random.Generator, num_frames: int, split_scans: Scans) -> Story
         scan_F9[f] = now
     # An index of -1 takes the last label; where() puts EMPTY over it.
     class_F9 = np.where(scan_F9 == EMPTY, EMPTY, split_scans.labels[scan_F9])
-    turns = [_turn("assistant", f, text) for f, text in narrations.items()]
-    quiet = [f for f in range(3, num_frames - 1) if f not in narrations]
-    if quiet and rng.random() < 0.5:
-        f = int(rng.choice(quiet))
-        if rng.random() < 0.5:
-            question, answer = HOW_MANY, _number(appearances[f - 1]).capitalize() + "."
-        else:
-            question, answer = WHICH, _list(class_F9[f - 1])
-        turns += [_turn("user", f, question), _turn("assistant", f, answer)]
-    turns.sort(key=lambda turn: turn["time"])
+    asked = int(rng.integers(3, num_frames)) if num_frames > 3 and rng.random() < 0.5 else None
+    turns = []
+    for f in range(num_frames):
+        if f == asked:
+            turns += _question(rng, f, int(appearances[f - 1]), class_F9[f - 1])
+        if f in narrations:
+            turns.append(_turn("assistant", f, narrations[f]))
     return Story(class_F9.astype(np.int8), scan_F9, turns)
 
 
@@ -214,6 +211,17 @@ def _event(rng: np.random.Generator, now: np.ndarray, split_scans: Scans) -> tup
         now[to] = now[place]
     now[place] = EMPTY
     return f"The {name} " + (f"moves to the {PLACES[to]}." if kind == "move" else "leaves."), False
+
+
+def _question(
+    rng: np.random.Generator, frame: int, appearances: int, class_9: np.ndarray
+) -> list[dict[str, object]]:
+    """A question at the time of `frame` and its answer, given what was there before it."""
+    if rng.random() < 0.5:
+        question, answer = HOW_MANY, _number(appearances).capitalize() + "."
+    else:
+        question, answer = WHICH, _list(class_9)
+    return [_turn("user", frame, question), _turn("assistant", frame, answer)]
 
 
 def _pick(rng: np.random.Generator, classes: np.ndarray, split_scans: Scans) -> np.ndarray:
