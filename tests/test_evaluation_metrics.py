@@ -40,7 +40,9 @@ def turn(breaks, *, asked=False, late_frames=0, correct=SIX_TOKENS, probability=
         pytest.param(
             turn("....", late_frames=0), 0, 0.0, 7 / 10, id="last_turn_has_no_later_frame"
         ),
-        pytest.param(turn("....", asked=True), 0, 0.0, 7 / 10, id="silent_until_the_question"),
+        pytest.param(
+            turn("....", asked=True, late_frames=2), 0, 0.0, 7 / 10, id="silent_until_the_question"
+        ),
         pytest.param(turn("...x", asked=True), 1, 0.5, 3 / 10, id="spoke_a_frame_before_question"),
         pytest.param(turn("x...", asked=True), 4, 2.0, 0 / 10, id="spoke_four_before_question"),
     ],

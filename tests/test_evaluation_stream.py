@@ -141,28 +141,32 @@ TURNS = {
 }
 
 
+# Models that speak early, on time, late and never, as the counts below assert.
+MODELS = [(0.12, 17), (0.16, 19), (0.12, 22), (0.25, 29), (0.25, 11), (0.25, 9)]
+
+
 @pytest.mark.parametrize("threshold", [None, 0.1])
 def test_batched_evaluation_equals_forwards_made_by_hand(examples, threshold):
-    loaded = tiny_stream.loaded_model(silence=0.12, seed=17)
-    report = evaluate_stream(loaded, examples, batch_size=2, silence_threshold=threshold)
-    predictions = [
-        predict_by_hand(loaded, TURNS[name], examples.features[i].astype(np.float32), threshold)
-        for i, name in enumerate(VIDEOS)
-    ]
-    assert [sample.id for sample in report.samples] == list(VIDEOS)
-    for sample, turns in zip(report.samples, predictions, strict=True):
-        assert sample.turns == len(turns)
-        expected = stream_metrics.mean_metrics(stream_metrics.turn_metrics(t, FPS) for t in turns)
-        np.testing.assert_allclose(
-            dataclasses.astuple(sample.metrics), dataclasses.astuple(expected), rtol=1e-4
-        )
+    late = []
+    for silence, seed in MODELS if threshold is None else MODELS[:2]:
+        loaded = tiny_stream.loaded_model(silence, seed)
+        report = evaluate_stream(loaded, examples, batch_size=2, silence_threshold=threshold)
+        assert [sample.id for sample in report.samples] == list(VIDEOS)
+        for i, (sample, turns) in enumerate(zip(report.samples, TURNS.values(), strict=True)):
+            features = examples.features[i].astype(np.float32)
+            predictions = predict_by_hand(loaded, turns, features, threshold)
+            expected = stream_metrics.mean_metrics(
+                stream_metrics.turn_metrics(turn, FPS) for turn in predictions
+            )
+            assert sample.turns == len(turns)
+            np.testing.assert_allclose(
+                dataclasses.astuple(sample.metrics), dataclasses.astuple(expected), rtol=1e-4
+            )
+            late.append([turn.late_frames for turn in predictions])
     if threshold is None:
-        # Two late replies in one video, one of them before the frames to wait for ran out; early
-        # ones; and silence up to a question: the case covers every branch.
-        late = [[turn.late_frames for turn in turns] for turns in predictions]
-        assert late == [[1, 1, 0], [2, 0, 0], [0]]
-        assert any(turn.breaks_silence.any() for turns in predictions for turn in turns)
-        assert not predictions[1][1].breaks_silence.any()
+        # Two late replies in one video; replies before and at the end of the frames to wait for.
+        assert any(sum(frames > 0 for frames in turns) == 2 for turns in late)
+        assert {1, 2, 3} <= {frames for turns in late for frames in turns}
 
 
 def test_report_is_the_mean_over_videos_and_is_written_whole(examples, tmp_path):

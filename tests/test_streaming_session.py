@@ -139,6 +139,8 @@ def test_a_full_context_is_an_error_that_leaves_the_session_usable(model, monkey
     # Nothing had reached the model when the error came: the caches hold what was accepted.
     position = int(live._state.position_B[0])
     assert position == live._text + live._frames * model.config.tokens_per_frame
+    assert int(live._state.entries_LB[0, 0]) == position  # layer 0 is dense: nothing overwritten
+    assert live._text <= LIMITS["max_text_tokens"]
     calls = len(texts), len(frames)
     for _ in range(2):
         with pytest.raises(UserError, match=limit):
