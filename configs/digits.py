@@ -40,7 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
         "test": 200,
         "frames": 16,
         "system": "Watch the digits and say what happens.",
-        # The byte-level BPE trained on the narrations.
+        # A tokenizer.json to use; empty trains a byte-level BPE on the narrations.
+        "tokenizer": "",
         "vocab_size": 512,
         # Longest text and most labels of a stream; a longer one is an error that says so.
         "text_tokens": 208,
@@ -53,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
     }
 
     # The frozen vision tower, pretrained to tell what stands at each place of a frame.
-    config.tower = {"steps": 1200, "batch_size": 128, "learning_rate": 2e-3, "seed": 0}
+    config.tower = {"steps": 1200, "batch_size": 128, "learning_rate": 3e-3, "seed": 0}
 
     config.training = {
         "steps": 1100,
@@ -67,7 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
         "sharding": "replicate",
         "mesh": (-1, 1, 1),
         "log_every": 10,
-        "checkpoint_every": 250,
+        "checkpoint_every": 200,
         "keep_checkpoints": 2,
         "optimizer": {
             "learning_rate": 2e-3,

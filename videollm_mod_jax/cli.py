@@ -16,6 +16,8 @@ def report_user_errors(run: Callable[[], None]) -> int:
     Returns:
       The exit status: 0; 2 after a UserError; 130 after an interrupt (Ctrl-C).
     """
+    # Libraries report every file they touch; what a user wants to see, we print.
+    logging.set_verbosity(logging.FATAL)
     try:
         run()
     except UserError as error:
@@ -45,8 +47,6 @@ def run_with_config(run: Callable[[ml_collections.ConfigDict, str], None]) -> No
         "workdir", None, "Directory of the run; made if missing, resumed if it holds this run."
     )
     flags.mark_flags_as_required(["config", "workdir"])
-    # Libraries report every file they write; what a user wants to see, we print.
-    flags.set_default(flags.FLAGS["verbosity"], logging.ERROR)
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 
 from videollm_mod_jax.data import augment, dialogue
@@ -21,9 +22,11 @@ from videollm_mod_jax.data.pipeline import Examples, training_batches, turns_of_
 from videollm_mod_jax.data.tokenizer import Tokenizer, train_bpe
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.config import VideoLLMConfig, build
+from videollm_mod_jax.models.plan import config_plan
 from videollm_mod_jax.models.presets import decoder_preset, vision_preset
 from videollm_mod_jax.training.loop import TrainingConfig
-from videollm_mod_jax.training.tower import TowerConfig
+from videollm_mod_jax.training.sharding import make_layout
+from videollm_mod_jax.training.tower import TowerConfig, check_vision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,9 @@ class DataConfig:
       train, validation, test: streams drawn per split.
       frames: per stream, at 2 FPS; also the frame budget of an example.
       system: the instruction that opens every conversation.
-      vocab_size: largest vocabulary of the byte-level BPE trained on the narrations.
+      tokenizer: path of a Hugging Face `tokenizer.json`, or of its directory; empty trains a
+        byte-level BPE on the narrations.
+      vocab_size: largest vocabulary of that BPE.
       text_tokens, labels: budget of an example; a longer conversation is an error that says so.
       disturb_probability, disturb_window: see `augment.Disturbance`.
       batch_size: examples per update, over all processes.
@@ -50,6 +55,7 @@ class DataConfig:
     test: int
     frames: int
     system: str
+    tokenizer: str
     vocab_size: int
     text_tokens: int
     labels: int
@@ -93,6 +99,17 @@ class Experiment:
     tower: TowerConfig
     training: TrainingConfig
     evaluation: EvaluationConfig
+
+    def __post_init__(self):
+        # What only shows when the model is built should show before anything is written.
+        config_plan(self.model)
+        check_vision(self.model.vision)
+        make_layout(self.training.sharding, self.training.mesh)
+        if self.training.trainable == "lora" and not self.model.lora.rank:
+            raise UserError(
+                "training.trainable is 'lora' and model.lora.rank is 0; give the model adapters, "
+                "or train 'full'"
+            )
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> "Experiment":
@@ -157,8 +174,14 @@ class Dataset:
             raise UserError(f"the split is {split!r}; {self.config.dataset} has {known}")
         return self._builder.as_data_source(split)
 
-    def train_tokenizer(self) -> Tokenizer:
-        """A byte-level BPE trained on the training narrations; the same every time."""
+    def make_tokenizer(self) -> Tokenizer:
+        """The tokenizer that the config names, or one trained on the training narrations.
+
+        Raises:
+          UserError: no usable tokenizer at that path.
+        """
+        if self.config.tokenizer:
+            return Tokenizer.load(self.config.tokenizer)
         texts = (turn["text"] for record in self.records("train") for turn in _turns(record))
         frame = [dialogue.System(self.config.system), dialogue.Stream(2, True)]
         template = dialogue.render(
@@ -193,8 +216,6 @@ class Dataset:
 
     def training_batches(self, examples: Examples, start: int) -> Iterator[dict[str, Any]]:
         """This process's batches from the `start`-th on."""
-        import jax
-
         return training_batches(
             examples,
             self.config.batch_size,

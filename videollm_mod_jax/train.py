@@ -21,13 +21,19 @@ from rich.table import Table
 
 from videollm_mod_jax import cli
 from videollm_mod_jax.data import digits
+from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.encode import encode_split
 from videollm_mod_jax.evaluation.stream import evaluate_stream
 from videollm_mod_jax.experiment import Dataset, Experiment, plain
 from videollm_mod_jax.models import VideoLLM, VideoLLMConfig
 from videollm_mod_jax.training import checkpoint, loop
 from videollm_mod_jax.training.checkpoint import LoadedModel
-from videollm_mod_jax.training.sharding import Layout, abstract_variables, init_sharded
+from videollm_mod_jax.training.sharding import (
+    Layout,
+    abstract_variables,
+    init_sharded,
+    make_layout,
+)
 from videollm_mod_jax.training.tower import TowerConfig, pretrain_tower
 
 TOWER = "tower"
@@ -53,11 +59,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Report:
     """
     table, workdir, console = plain(config), Path(workdir), Console()
     experiment = Experiment.from_table(table)
+    if experiment.data.tokenizer:
+        Tokenizer.load(experiment.data.tokenizer)  # refuses a bad one before anything is written
     loop.claim_workdir(workdir, table)
 
     console.rule("Data")
     dataset = Dataset(experiment.data, workdir)
-    tokenizer = dataset.train_tokenizer()
+    tokenizer = dataset.make_tokenizer()
     decoder = dataclasses.replace(experiment.model.decoder, vocab_size=tokenizer.vocab_size)
     model = dataclasses.replace(experiment.model, decoder=decoder)
     tower = _tower(model, experiment.tower, workdir / TOWER, console)
@@ -81,7 +89,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Report:
     report = _read_report(workdir)
     if "before" not in report:
         console.rule("Evaluation before training")
-        layout = loop.make_layout(experiment.training.sharding, experiment.training.mesh)
+        layout = make_layout(experiment.training.sharding, experiment.training.mesh)
         variables = initial_variables(layout)
         untrained = LoadedModel(model, variables, tokenizer, experiment.data.system)
         report["before"] = dataclasses.asdict(evaluate(untrained).metrics)

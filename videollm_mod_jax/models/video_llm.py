@@ -1,5 +1,6 @@
 """The whole model: frame encoder, connector, embedding, decoder, output head."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -142,4 +143,4 @@ class VideoLLM(nn.Module):
 
 def init_variables(model: VideoLLM, key: jax.Array) -> dict[str, Any]:
     """Random weights: `{'params': ...}`, and `'lora'` with adapters, as plain arrays."""
-    return nn.meta.unbox(model.init(key, method="init_all"))
+    return nn.meta.unbox(jax.jit(functools.partial(model.init, method="init_all"))(key))

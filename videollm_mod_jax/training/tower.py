@@ -94,6 +94,19 @@ def overlay(images_MBYX: jax.Array, labels_MBP: jax.Array) -> tuple[jax.Array, j
     return images_MBYX.max(axis=0), labels_BP
 
 
+def check_vision(vision: VisionConfig) -> None:
+    """Refuses a tower that cannot be pretrained here.
+
+    Raises:
+      UserError: it pools to another grid than the 3 x 3 places of the canvas.
+    """
+    if vision.pool != (3, 3):
+        raise UserError(
+            f"model.vision.pool is {vision.pool}; pretraining on digits labels the 3 x 3 places of "
+            "the canvas, so it must be (3, 3)"
+        )
+
+
 def pretrain_tower(vision: VisionConfig, config: TowerConfig) -> PretrainedTower:
     """Trains a tower on frames of the training scans, with a progress bar; deterministic.
 
@@ -107,11 +120,7 @@ def pretrain_tower(vision: VisionConfig, config: TowerConfig) -> PretrainedTower
     Raises:
       UserError: the tower pools to another grid.
     """
-    if vision.pool != (3, 3):
-        raise UserError(
-            f"model.vision.pool is {vision.pool}; pretraining on digits labels the 3 x 3 places of "
-            "the canvas, so it must be (3, 3)"
-        )
+    check_vision(vision)
     rng = np.random.default_rng(config.seed)
     used = config.batch_size * _OVERLAID
     images, labels = digits.random_frames("train", min(_DRAWN, config.steps * used), rng)

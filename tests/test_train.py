@@ -1,0 +1,205 @@
+"""The train verb: configs, a whole small run, and what a user may get wrong."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import videollm_mod_jax as vm
+from videollm_mod_jax import experiment
+from videollm_mod_jax.data.tokenizer import Tokenizer
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models import VideoLLM
+from videollm_mod_jax.train import train
+from videollm_mod_jax.training import optimizer, sharding
+from videollm_mod_jax.training.step import make_train_step
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def config_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def small():
+    """configs/digits.py with everything that takes time made small."""
+    config = config_of(ROOT / "configs" / "digits.py")
+    config.data.update({"train": 8, "validation": 2, "test": 4, "batch_size": 4})
+    config.tower.update({"steps": 2, "batch_size": 4})
+    config.training.update({"steps": 4, "checkpoint_every": 2, "log_every": 1})
+    config.evaluation.batch_size = 4
+    decoder = {"num_layers": 2, "hidden_size": 32, "mlp_size": 32, "num_heads": 2, "head_dim": 16}
+    config.model.decoder.update(decoder)
+    return config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_traces_its_train_step(path):
+    assert path.read_text().split("\n")[2].strip().startswith("python -m videollm_mod_jax.")
+    run = experiment.Experiment.from_table(experiment.plain(config_of(path)))
+    layout = sharding.make_layout(run.training.sharding, run.training.mesh)
+    schedule = optimizer.learning_rate_schedule(run.training.optimizer, run.training.steps)
+    adamw = optimizer.make_optimizer(run.training.optimizer, schedule)
+    model = VideoLLM(run.model, scan=run.training.scan, remat=run.training.remat)
+    state, frozen = sharding.abstract_training(model, adamw, run.training.trainable, layout)
+    step = make_train_step(
+        model,
+        adamw,
+        schedule,
+        stream_weight=run.training.stream_weight,
+        microbatches=run.training.microbatches,
+    )
+    budget, batch, frame = run.data.budget, run.data.batch_size, run.model.tokens_per_frame
+    shapes = {
+        "tokens": (budget.text_tokens + budget.frames * frame,),
+        "frame_starts": (budget.frames,),
+        "features": (budget.frames, frame, run.model.vision.width),
+        "label_positions": (budget.labels,),
+        "labels": (budget.labels,),
+        "label_kinds": (budget.labels,),
+    }
+    arrays = {
+        key: jax.ShapeDtypeStruct((batch, *shape), "float32" if key == "features" else "int32")
+        for key, shape in shapes.items()
+    }
+    new_state, sums = jax.eval_shape(step, state, frozen, arrays)
+    assert jax.tree.map(np.shape, new_state) == jax.tree.map(np.shape, state)
+    assert sums["loss"][0].shape == ()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train(small(), workdir)
+
+
+def test_a_run_evaluates_before_and_after_and_leaves_all_that_readme_draws(run):
+    workdir, report = run
+    assert json.loads((workdir / "evaluation.json").read_text()) == report
+    assert report["before"] != report["after"]
+    for values in report.values():
+        assert set(values) == {"lm_ppl", "time_diff", "fluency", "lm_correctness"}
+    drawn = (ROOT / "README.md").read_text().split("runs/digits/\n", 1)[1].split("```")[0]
+    names = [word for line in drawn.splitlines() for word in line[:69].split()]
+    assert len(names) >= 15
+    for name in names:
+        pattern = name.replace("...", "*").replace("checkpoints/1000/", "checkpoints/*/")
+        assert list(workdir.glob(pattern.rstrip("/"))), name
+    assert len((workdir / "samples.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_same_command_again_changes_nothing(run):
+    workdir, report = run
+    log = (workdir / "metrics.jsonl").read_bytes()
+    assert train(small(), workdir) == report
+    assert (workdir / "metrics.jsonl").read_bytes() == log
+
+
+def test_the_ten_lines_of_the_readme_run_as_they_are(run, capsys):
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 10
+    exec(code.replace("runs/digits", str(run[0])), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_another_configuration_is_refused_by_key_and_writes_nothing(run):
+    workdir, _ = run
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    config = small()
+    config.training.optimizer.learning_rate = 1e-4
+    with pytest.raises(UserError, match=r"training\.optimizer\.learning_rate is 0\.0001"):
+        train(config, workdir)
+    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.routing.insertion", (1, 9), "routing.insertion names layer 9"),
+        ("training.trainable", "lora", "model.lora.rank is 0"),
+        ("training.sharding", "zero", "replicate"),
+        ("training.mesh", (3, 1, 1), "mesh"),
+        ("model.vision.pool", (2, 2), r"model.vision.pool is \(2, 2\)"),
+        ("data.dataset", "ego5d", "known: digits_stream"),
+        ("training.steps", 0, "training.steps is 0"),
+    ],
+)
+def test_a_config_that_cannot_run_is_refused_before_anything_is_written(
+    key, value, message, tmp_path
+):
+    config = small()
+    with config.ignore_type():
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.training.stepps=3"], "stepps"),
+        (["--config.training.steps=many"], "many"),
+        (["--config.training.steps=0"], "training.steps is 0; it must be at least 1"),
+        (["extra"], "unexpected argument 'extra'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(arguments, message, tmp_path):
+    command = [sys.executable, "-m", "videollm_mod_jax.train", "--config", "configs/digits.py"]
+    command += ["--workdir", str(tmp_path / "run"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_presets_are_refused_with_a_suggestion():
+    with pytest.raises(UserError, match=r"did you mean 'llama3-8b'\?"):
+        experiment.model_table("llama-3-8b", "digits-vit")
+    with pytest.raises(UserError, match="unknown vision preset 'siglip'"):
+        experiment.model_table("tiny", "siglip")
+
+
+def test_a_run_takes_a_tokenizer_by_path_and_refuses_one_without_eos(run, tmp_path):
+    config = small()
+    config.data.tokenizer = str(run[0] / "tokenizer.json")
+    dataset = experiment.Dataset(
+        experiment.Experiment.from_table(experiment.plain(config)).data, run[0]
+    )
+    assert dataset.make_tokenizer().vocab_size == vm.load(run[0]).tokenizer.vocab_size
+    (tmp_path / "tokenizer.json").write_bytes((run[0] / "tokenizer.json").read_bytes())
+    config.data.tokenizer = str(tmp_path)
+    with pytest.raises(UserError, match="has no eos token"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loaded_model_saves_and_loads_alone(run, tmp_path):
+    model = vm.load(run[0])
+    vm.save_model(tmp_path / "alone", model.config, model.variables, model.tokenizer, model.system)
+    again = vm.load(tmp_path / "alone")
+    assert (again.config, again.system) == (model.config, model.system)
+    jax.tree.map(np.testing.assert_array_equal, again.variables, model.variables)
+    assert isinstance(again.tokenizer, Tokenizer)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_parameter(run, tmp_path):
+    model = vm.load(run[0])
+    wide = dataclasses.replace(model.config.decoder, mlp_size=48)
+    other = dataclasses.replace(model.config, decoder=wide)
+    vm.save_model(tmp_path / "alone", model.config, model.variables, model.tokenizer, model.system)
+    (tmp_path / "alone" / "model.json").write_text(json.dumps(other.to_dict()))
+    with pytest.raises(UserError, match="mlp/down/kernel should be"):
+        vm.load(tmp_path / "alone")
