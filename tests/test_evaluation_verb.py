@@ -28,7 +28,7 @@ def run(tmp_path_factory):
     config.data.update(train=3, validation=3, test=3)
     config.evaluation.batch_size = 2
     experiment = Experiment.from_table(plain(config))
-    tokenizer = Dataset(experiment.data, directory).train_tokenizer()
+    tokenizer = Dataset(experiment.data, directory).make_tokenizer()
     config.model.decoder.vocab_size = tokenizer.vocab_size
     model = Experiment.from_table(plain(config)).model
     init = jax.jit(init_variables, static_argnums=0)

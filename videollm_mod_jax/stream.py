@@ -152,7 +152,8 @@ def _run(arguments: argparse.Namespace) -> None:
     questions = [parse_question(text) for text in arguments.ask]
     if not arguments.fps > 0:
         raise UserError(f"--fps is {arguments.fps:g}; expected more than 0")
-    _check_questions(questions, arguments.video, arguments.fps)
+    if questions:
+        _check_questions(questions, arguments.video, arguments.fps)
     model = load_model(arguments.checkpoint)
     session = StreamingSession(
         model,
