@@ -194,7 +194,8 @@ def test_padding_neighbours_and_sequence_length_change_nothing():
         "logit_positions_BJ": batch["logit_positions_BJ"],
     }
     long = run(config, variables, padded).logits_BJV
-    np.testing.assert_allclose(long[:1], short, atol=1e-6)
+    # Other shapes sum in another order, so float32 agrees to 1e-5 and not bit by bit.
+    np.testing.assert_allclose(long[:1], short, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -279,7 +280,10 @@ def test_bfloat16_compute_stays_near_float32():
     variables, batch = prepared(), tiny.batch(11, text=5, frames=2)
     low = run(dataclasses.replace(config, dtype="bfloat16"), variables, batch).logits_BJV
     assert low.dtype == jnp.float32
-    np.testing.assert_allclose(low, run(config, variables, batch).logits_BJV, atol=0.1)
+    high = run(config, variables, batch).logits_BJV
+    log_p, log_q = jax.nn.log_softmax(high), jax.nn.log_softmax(low)
+    divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    assert 0 < float(jnp.mean(divergence)) < 1e-3
 
 
 def test_chunked_attention_equals_one_chunk_forward_and_backward(monkeypatch):
