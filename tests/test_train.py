@@ -145,6 +145,19 @@ def test_a_config_that_cannot_run_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_missing_config_and_an_unknown_preset_in_one_are_one_line_and_status_2(tmp_path):
+    source = (ROOT / "configs" / "digits.py").read_text()
+    (tmp_path / "typo.py").write_text(source.replace('"tiny"', '"tinyy"'))
+    for name, message in (("none.py", "there is no file"), ("typo.py", "did you mean 'tiny'?")):
+        command = [sys.executable, "-m", "videollm_mod_jax.train", "--config", tmp_path / name]
+        done = subprocess.run(
+            [*command, "--workdir", tmp_path / "run"], capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 import ml_collections
 from absl import app, flags, logging
@@ -10,8 +12,12 @@ from ml_collections import config_flags
 from videollm_mod_jax.errors import UserError
 
 
-def report_user_errors(run: Callable[[], None]) -> int:
+def report_user_errors(run: Callable[[], None], interrupted: str = "interrupted") -> int:
     """Calls `run` and turns bad input into one line on stderr.
+
+    Args:
+      run: does the work.
+      interrupted: what to say after Ctrl-C.
 
     Returns:
       The exit status: 0; 2 after a UserError; 130 after an interrupt (Ctrl-C).
@@ -24,7 +30,7 @@ def report_user_errors(run: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     return 0
 
@@ -48,21 +54,35 @@ def run_with_config(run: Callable[[ml_collections.ConfigDict, str], None]) -> No
     )
     flags.mark_flags_as_required(["config", "workdir"])
 
+    def refuse(message: str) -> NoReturn:
+        print(f"error: {message}; see --help", file=sys.stderr)
+        sys.exit(2)
+
     def parse(argv: Sequence[str]) -> list[str]:
         try:
             rest = flags.FLAGS(list(argv))
         # Everything that reading a config file and its overrides raises for a user's mistake.
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            message = " ".join(str(error).split())
-            print(f"error: {message}; see --help", file=sys.stderr)
-            sys.exit(2)
+            refuse(_one_line(error))
         if len(rest) > 1:
-            print(f"error: unexpected argument {rest[1]!r}; see --help", file=sys.stderr)
-            sys.exit(2)
+            refuse(f"unexpected argument {rest[1]!r}")
+        # The flag library leaves a missing file for later.
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        if not Path(file.partition(":")[0]).is_file():
+            refuse(f"--config: there is no file {file}")
         return rest
 
     def main(argv: Sequence[str]) -> None:
         del argv
-        sys.exit(report_user_errors(lambda: run(config.value, workdir.value)))
+        resumable = "interrupted; the same command continues where it stopped"
+        sys.exit(report_user_errors(lambda: run(config.value, workdir.value), resumable))
 
     app.run(main, flags_parser=parse)
+
+
+def _one_line(error: BaseException) -> str:
+    """What went wrong: the UserError that a config file raised, if any, or the message's end."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause or error).strip().splitlines()[-1]

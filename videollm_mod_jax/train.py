@@ -1,4 +1,4 @@
-"""Trains a streaming video LLM as a config file says.
+r"""Trains a streaming video LLM as a config file says.
 
     python -m videollm_mod_jax.train --config configs/digits.py --workdir runs/digits
     python -m videollm_mod_jax.train --config configs/digits.py --workdir runs/half \
@@ -7,6 +7,9 @@
 Draws the dataset, pretrains the vision tower, stores the features of all frames, evaluates, trains,
 and evaluates again. What the working directory already holds is not made again, so an interrupted
 run continues with the same command, and with the very losses that it would have had.
+
+  --config FILE        a file of configs/; any key of it can be overridden, as above
+  --workdir DIR        of the run; made if missing
 """
 
 import dataclasses
