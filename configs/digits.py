@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.tower = {"steps": 1200, "batch_size": 128, "learning_rate": 3e-3, "seed": 0}
 
     config.training = {
-        "steps": 1100,
+        "steps": 1600,
         "seed": 0,
         "trainable": "full",
         # sigma of the streaming loss.
@@ -68,7 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
         "sharding": "replicate",
         "mesh": (-1, 1, 1),
         "log_every": 10,
-        "checkpoint_every": 200,
+        "checkpoint_every": 400,
         "keep_checkpoints": 2,
         "optimizer": {
             "learning_rate": 2e-3,
