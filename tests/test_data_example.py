@@ -25,7 +25,10 @@ BUDGET = Budget(frames=12, text_tokens=200, labels=150)
 def conversation_of(rng):
     """A random conversation with texts that byte-level tokens cut in the middle of characters."""
     words = ["cat", "é", "字", "appears", "two", "🐈", "ü?"]
-    text = lambda: " ".join(rng.choice(words, rng.integers(1, 4)))  # noqa: E731
+
+    def text():
+        return " ".join(rng.choice(words, rng.integers(1, 4)))
+
     messages = [System("Watch.")]
     for _ in range(rng.integers(1, 4)):
         frames = int(rng.integers(1, 4))
@@ -100,7 +103,10 @@ def test_drawn_example_of_overlap():
 
 
 def test_drawn_example_of_labels():
-    text = lambda ids: "".join(BYTES.decode([i]) for i in ids).replace("\n", "/")  # noqa: E731
+
+    def text(ids):
+        return "".join(BYTES.decode([i]) for i in ids).replace("\n", "/")
+
     conversation = (System(""), Stream(2), Assistant("ok"))
     built = build_example(conversation, features_of(conversation, 2), BYTES, 2, BUDGET)
     first = int(built["frame_starts"][0])

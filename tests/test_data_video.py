@@ -115,7 +115,10 @@ def test_a_turned_video_is_read_upright(tmp_path):
     image[:16, :32] = 220  # top left, so top right once turned
     write_video(tmp_path / "a.mp4", image[None], 2.0)
     data = (tmp_path / "a.mp4").read_bytes()
-    fixed = lambda *rows: np.array(rows, ">i4").tobytes()  # noqa: E731
+
+    def fixed(*rows):
+        return np.array(rows, ">i4").tobytes()
+
     upright = fixed(1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
     turned = fixed(0, 1 << 16, 0, -1 << 16, 0, 0, 32 << 16, 0, 1 << 30)
     at = data.index(upright, data.index(b"tkhd"))

@@ -257,12 +257,15 @@ class _Mlp(nn.Module):
         return _linear(self, "fc2", self.config.width, ("mlp", "embed"))(hidden)
 
 
+_NORMAL = nn.initializers.normal(0.02)
+
+
 def _parameter(
     module: nn.Module,
     name: str,
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
-    init: nn.initializers.Initializer = nn.initializers.normal(0.02),  # noqa: B008
+    init: nn.initializers.Initializer = _NORMAL,
 ) -> jax.Array:
     init = nn.with_logical_partitioning(init, axes)
     return module.param(name, init, shape, module.param_dtype).astype(module.dtype)
