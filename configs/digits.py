@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
         "dataset": "digits_stream",
         "seed": 0,
         # Streams drawn per split.
-        "train": 3000,
+        "train": 6000,
         "validation": 64,
         "test": 200,
         "frames": 16,
@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
         "text_tokens": 208,
         "labels": 168,
         # How often an answer of a training stream is moved or replaced, and by how many frames.
-        "disturb_probability": 0.1,
+        "disturb_probability": 0.3,
         "disturb_window": 2,
         "batch_size": 8,
         "num_workers": 0,
@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.tower = {"steps": 1200, "batch_size": 128, "learning_rate": 3e-3, "seed": 0}
 
     config.training = {
-        "steps": 1600,
+        "steps": 1400,
         "seed": 0,
         "trainable": "full",
         # sigma of the streaming loss.
