@@ -93,7 +93,7 @@ def test_a_run_evaluates_before_and_after_and_leaves_all_that_readme_draws(run):
     names = [word for line in drawn.splitlines() for word in line[:69].split()]
     assert len(names) >= 15
     for name in names:
-        pattern = name.replace("...", "*").replace("checkpoints/1000/", "checkpoints/*/")
+        pattern = name.replace("...", "*").replace("checkpoints/1400/", "checkpoints/*/")
         assert list(workdir.glob(pattern.rstrip("/"))), name
     assert len((workdir / "samples.jsonl").read_text().splitlines()) == 4
 
