@@ -20,6 +20,7 @@ from videollm_mod_jax.models import (
     layer_skip,
     trim_caches,
 )
+from videollm_mod_jax.models.flops import kv_cache_bytes
 from videollm_mod_jax.streaming import engine
 
 N, W, V = tiny.CONFIG.tokens_per_frame, tiny.CONFIG.vision.width, tiny.CONFIG.decoder.vocab_size
@@ -294,14 +295,13 @@ def test_state_is_donated_and_nothing_is_compiled_again(interleaved_model):
     assert state.caches[0].k_BCGE.unsafe_buffer_pointer() == pointer
 
 
-def test_bytes_per_frame_count_the_kept_tokens():
+def test_the_caches_hold_the_bytes_that_are_counted():
     config = tiny.CONFIG
-    entry = 2 * 2 * 8 * 4 + 4  # k and v, 2 heads, width 8, float32; and its int32 position
+    caches = engine.start(VideoLLM(config), 1, 7, 3, seed=0).caches
     kept = 2 * N + 2 * 2  # two dense layers, two that keep ceil(0.4 * 5)
-    assert engine.cache_bytes_per(config, text=0, frames=1) == kept * entry
-    assert engine.cache_bytes_per(config, text=1, frames=0) == 4 * entry
-    state = engine.start(VideoLLM(config), 1, 7, 3, seed=0)
-    assert state.cache_bytes == engine.cache_bytes_per(config, text=7, frames=3)
+    counted = kv_cache_bytes(config, 3, 7, config.dtype)
+    assert counted == (4 * 7 + 3 * kept) * 2 * 2 * 8 * 4  # k and v, 2 heads, width 8, float32
+    assert sum(cache.k_BCGE.nbytes + cache.v_BCGE.nbytes for cache in caches) == counted
 
 
 def test_buckets_are_powers_of_two():

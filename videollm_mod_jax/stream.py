@@ -18,7 +18,7 @@ from videollm_mod_jax import cli
 from videollm_mod_jax.data.video import Frame, read_video, write_video
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import full_computation
-from videollm_mod_jax.streaming.engine import cache_bytes_per
+from videollm_mod_jax.models.flops import kv_cache_bytes
 from videollm_mod_jax.streaming.narrate import Caption, draw_narration
 from videollm_mod_jax.streaming.session import StreamingSession
 from videollm_mod_jax.training.checkpoint import LoadedModel, load_model
@@ -134,7 +134,7 @@ def report(session: StreamingSession, model: LoadedModel, decode_times: Sequence
         lines.append(f"  {part:<12}{p50:>9.1f}{p95:>9.1f}{note}")
     mine = session.cache_bytes_per_frame
     dense = dataclasses.replace(model.config, routing=full_computation())
-    share = mine / cache_bytes_per(dense, text=1, frames=1)
+    share = mine / kv_cache_bytes(dense, 1, 1, dense.dtype)
     lines.append(
         f"cache: {mine:,} bytes per frame with its interval token, {share:.2f} of what the model "
         "would need without routing"

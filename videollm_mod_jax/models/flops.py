@@ -9,8 +9,8 @@ import dataclasses
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from videollm_mod_jax.models.cache import layer_capacities
 from videollm_mod_jax.models.config import LINEAR_NAMES, DecoderConfig, VideoLLMConfig
-from videollm_mod_jax.models.plan import LayerSpec, config_plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def flops(config: VideoLLMConfig, frames: int, text_tokens: int, labelled_tokens
     head_macs = _linear_macs(decoder.hidden_size, decoder.vocab_size, head_rank)
     width, hidden = config.vision.width, decoder.hidden_size
 
-    rows = [_rows(spec, config, frames, text_tokens) for spec in config_plan(config)]
+    rows = layer_capacities(config, text_tokens, frames)
     causal_pairs = sum(count * (count + 1) // 2 for count in rows)
     return Flops(
         linears=2 * linear_macs * sum(rows),
@@ -87,12 +87,7 @@ def kv_cache_bytes(config: VideoLLMConfig, frames: int, text_tokens: int, dtype:
     """
     decoder = config.decoder
     entry = 2 * decoder.num_kv_heads * decoder.head_dim * jnp.dtype(dtype).itemsize
-    return entry * sum(_rows(spec, config, frames, text_tokens) for spec in config_plan(config))
-
-
-def _rows(spec: LayerSpec, config: VideoLLMConfig, frames: int, text_tokens: int) -> int:
-    """M, tokens that a layer computes and stores."""
-    return text_tokens + frames * (config.tokens_per_frame if spec.keep is None else spec.keep)
+    return entry * sum(layer_capacities(config, text_tokens, frames))
 
 
 def _linear_shapes(decoder: DecoderConfig) -> dict[str, tuple[int, int]]:

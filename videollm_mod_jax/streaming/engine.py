@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from videollm_mod_jax.models import EMPTY, Caches, VideoLLM, VideoLLMConfig, init_caches
+from videollm_mod_jax.models import EMPTY, Caches, VideoLLM, init_caches
 from videollm_mod_jax.models.vision import preprocess
 
 MIN_BUCKET = 16
@@ -46,11 +46,6 @@ class StreamState:
         """int32, filled cache entries of every layer."""
         return jnp.stack([cache.length_B for cache in self.caches])
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes that the caches occupy, filled or free."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.caches))
-
 
 def start(
     model: VideoLLM, batch_size: int, max_text: int, max_frames: int, seed: int
@@ -66,12 +61,6 @@ def start(
         logits_BV=jnp.zeros((batch_size, config.decoder.vocab_size), jnp.float32),
         key_data=jax.random.key_data(jax.random.key(seed)),
     )
-
-
-def cache_bytes_per(config: VideoLLMConfig, *, text: int, frames: int) -> int:
-    """Bytes that `text` tokens and `frames` frames occupy in all caches of one stream."""
-    make = functools.partial(init_caches, config, 1, text, frames, jnp.dtype(config.dtype))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make)))
 
 
 def bucket(length: int) -> int:

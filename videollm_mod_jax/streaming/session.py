@@ -17,6 +17,7 @@ from videollm_mod_jax.data import dialogue
 from videollm_mod_jax.data.video import Frame
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM
+from videollm_mod_jax.models.flops import kv_cache_bytes
 from videollm_mod_jax.streaming import engine
 from videollm_mod_jax.streaming.triggers import breaks_silence, check_threshold
 from videollm_mod_jax.training.checkpoint import LoadedModel
@@ -134,7 +135,8 @@ class StreamingSession:
     @property
     def cache_bytes_per_frame(self) -> int:
         """Bytes that a silent frame adds to the caches: its kept tokens and the interval token."""
-        return engine.cache_bytes_per(self._model.config, text=1, frames=1)
+        config = self._model.config
+        return kv_cache_bytes(config, 1, 1, config.dtype)
 
     def see(self, frame: Frame) -> Answer | None:
         """Shows the next frame; the model answers or stays silent.

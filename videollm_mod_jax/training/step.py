@@ -1,4 +1,4 @@
-"""One update, and one teacher-forced evaluation, as pure functions.
+"""One update, as a pure function.
 
 Shapes: B batch, S tokens, F frames, J labelled positions, A microbatches.
 """
@@ -51,9 +51,17 @@ def make_train_step(
     def loss(
         trained: Variables, frozen: Variables, batch: Batch, dropout_key: jax.Array
     ) -> tuple[jax.Array, Sums]:
-        variables = merge_variables(trained, frozen)
-        logits_BJV = _logits(model, variables, batch, dropout_key)
-        sums = streaming_loss(logits_BJV, batch["labels"], batch["label_kinds"], stream_weight)
+        output = model.apply(
+            merge_variables(trained, frozen),
+            batch["tokens"],
+            batch["features"],
+            batch["frame_starts"],
+            batch["label_positions"],
+            rngs={"dropout": dropout_key},
+        )
+        sums = streaming_loss(
+            output.logits_BJV, batch["labels"], batch["label_kinds"], stream_weight
+        )
         return sums["loss"][0], sums
 
     def train_step(state: TrainState, frozen: Variables, batch: Batch) -> tuple[TrainState, Sums]:
@@ -92,16 +100,6 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model: VideoLLM, *, stream_weight: float) -> Callable[[Variables, Batch], Sums]:
-    """Builds `(variables, batch) -> sums`: the teacher-forced losses of a batch, no dropout."""
-
-    def eval_step(variables: Variables, batch: Batch) -> Sums:
-        logits_BJV = _logits(model, variables, batch, None)
-        return streaming_loss(logits_BJV, batch["labels"], batch["label_kinds"], stream_weight)
-
-    return eval_step
-
-
 def split_batch(batch: Batch, microbatches: int) -> Batch:
     """Splits [B, ...] arrays into [A, B/A, ...], every A-th example into the same microbatch.
 
@@ -116,18 +114,3 @@ def split_batch(batch: Batch, microbatches: int) -> Batch:
         return leaf.reshape(-1, microbatches, *leaf.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(split, batch)
-
-
-def _logits(
-    model: VideoLLM, variables: Variables, batch: Batch, dropout_key: jax.Array | None
-) -> jax.Array:
-    output = model.apply(
-        variables,
-        batch["tokens"],
-        batch["features"],
-        batch["frame_starts"],
-        batch["label_positions"],
-        # Without this rng the adapters' dropout is off.
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
-    )
-    return output.logits_BJV
