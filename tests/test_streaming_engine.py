@@ -192,7 +192,8 @@ def test_padding_of_text_changes_nothing(interleaved_model):
     padded, padded_logits = stream(model, variables, pad=lambda length: 24)
     for (index, row), (padded_index, padded_row) in zip(exact_logits, padded_logits, strict=True):
         assert index == padded_index
-        np.testing.assert_allclose(row, padded_row, rtol=0, atol=1e-6)
+        # Other shapes sum in another order: float32 agrees to 1e-5, not bit by bit.
+        np.testing.assert_allclose(row, padded_row, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(exact.entries_LB, padded.entries_LB)
 
 
