@@ -31,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     }
     # Everything is trained from random weights, so there is nothing to adapt.
     config.model.lora = {"rank": 0, "alpha": 1.0, "dropout": 0.0, "targets": ()}
+    config.model.newline = False
     config.model.dtype = "float32"
     config.model.param_dtype = "float32"
 

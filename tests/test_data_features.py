@@ -9,7 +9,7 @@ import pytest
 from videollm_mod_jax.data.features import FeatureMeta, FeatureSource, FeatureWriter
 from videollm_mod_jax.errors import UserError
 
-META = FeatureMeta(tokens_per_frame=3, width=4, fps=2.0, resolution=48, tower="abc")
+META = FeatureMeta(features_per_frame=3, width=4, fps=2.0, resolution=48, tower="abc")
 
 
 def features(i):
@@ -36,7 +36,7 @@ def test_round_trip_in_any_order(tmp_path):
             np.testing.assert_array_equal(one[i], read)
 
 
-@pytest.mark.parametrize("field", ["tokens_per_frame", "width", "fps", "resolution", "tower"])
+@pytest.mark.parametrize("field", ["features_per_frame", "width", "fps", "resolution", "tower"])
 def test_a_field_that_is_not_as_expected_is_named(tmp_path, field):
     write(tmp_path / "f", 1)
     other = "other" if field == "tower" else 7

@@ -22,7 +22,7 @@ from videollm_mod_jax.data.tokenizer import BOS, EOS, train_bpe
 from videollm_mod_jax.errors import UserError
 
 COUNT, FRAMES, TOKENS, WIDTH, SYSTEM = 10, 8, 2, 3, "Watch."
-META = FeatureMeta(tokens_per_frame=TOKENS, width=WIDTH, fps=2.0, resolution=48, tower="t")
+META = FeatureMeta(features_per_frame=TOKENS, width=WIDTH, fps=2.0, resolution=48, tower="t")
 
 
 def features_of(i):
@@ -42,7 +42,7 @@ def make_examples(path, disturb=None):
     ]
     tokenizer = train_bpe(texts, 300)
     return Examples(
-        records, FeatureSource(path), tokenizer, SYSTEM, Budget(FRAMES, 150, 130), disturb
+        records, FeatureSource(path), tokenizer, TOKENS, SYSTEM, Budget(FRAMES, 150, 130), disturb
     )
 
 
@@ -163,6 +163,7 @@ def test_features_of_other_videos_are_refused(examples, tmp_path):
             examples.records,
             FeatureSource(tmp_path / "short"),
             examples.tokenizer,
+            TOKENS,
             "",
             Budget(1, 1, 1),
         )
@@ -173,6 +174,7 @@ def test_features_of_other_videos_are_refused(examples, tmp_path):
         examples.records,
         FeatureSource(tmp_path / "mixed"),
         examples.tokenizer,
+        TOKENS,
         SYSTEM,
         examples.budget,
     )
@@ -186,7 +188,7 @@ def test_a_bad_record_is_named_by_the_pipeline(examples):
     records = [dict(record) for record in examples.records]
     for record in records:
         record["turns"] = [{"role": "assistant", "time": 1.0, "text": ""}]
-    bad = Examples(records, examples.features, examples.tokenizer, SYSTEM, examples.budget)
+    bad = Examples(records, examples.features, examples.tokenizer, TOKENS, SYSTEM, examples.budget)
     with pytest.raises(UserError, match=r"train-0000\d: turn 0: field 'text'"):
         next(training_batches(bad, 4, seed=0))
 

@@ -36,7 +36,7 @@ VIDEOS = {
 def examples(tmp_path_factory):
     path = tmp_path_factory.mktemp("features") / "test"
     rng = np.random.default_rng(3)
-    meta = FeatureMeta(tokens_per_frame=N, width=W, fps=FPS, resolution=16, tower="tiny")
+    meta = FeatureMeta(features_per_frame=N, width=W, fps=FPS, resolution=16, tower="tiny")
     with FeatureWriter(path, meta) as writer:
         for name in VIDEOS:
             writer.add(name, rng.normal(size=(FRAMES, N, W)))
@@ -46,7 +46,7 @@ def examples(tmp_path_factory):
     ]
     budget = Budget(frames=FRAMES + 1, text_tokens=TEXT, labels=48)
     words = tiny_stream.tokenizer()
-    return Examples(records, FeatureSource(path), words, tiny_stream.SYSTEM, budget)
+    return Examples(records, FeatureSource(path), words, N, tiny_stream.SYSTEM, budget)
 
 
 @functools.partial(jax.jit, static_argnums=0)

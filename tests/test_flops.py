@@ -36,6 +36,7 @@ def paper_model(routing):
         routing=routing,
         lora=LoraConfig(rank=128, alpha=256.0, dropout=0.05, targets=(*LINEAR_NAMES, "lm_head")),
         vision=vision_preset("siglip-l16-384"),
+        newline=False,
         dtype="bfloat16",
         param_dtype="bfloat16",
     )
@@ -79,6 +80,7 @@ def test_parts_of_a_small_model_counted_by_hand():
         routing=routed((1,), 0.5),
         lora=LoraConfig(rank=3, alpha=1.0, dropout=0.0, targets=("k", "lm_head")),
         vision=dataclasses.replace(vision_preset("digits-vit"), width=16, pool=(1, 3)),
+        newline=False,
         dtype="float32",
         param_dtype="float32",
     )

@@ -22,6 +22,7 @@ def shapes(decoder, vision):
         routing=full_computation(),
         lora=NO_LORA,
         vision=vision_preset(vision),
+        newline=False,
         dtype="bfloat16",
         param_dtype="bfloat16",
     )

@@ -23,6 +23,7 @@ CONFIG = VideoLLMConfig(
     routing=full_computation(),
     lora=NO_LORA,
     vision=vision_preset("digits-vit"),
+    newline=False,
     dtype="float32",
     param_dtype="float32",
 )
@@ -115,7 +116,7 @@ def test_stored_features_are_the_towers(pretrained, tmp_path):
     frames = {n: digits.random_frames("test", count, rng)[0] for n, count in videos.items()}
     records = [record(name, images) for name, images in frames.items()]
     encode_split(CONFIG, pretrained.params, records, tmp_path / "features", batch_size=4)
-    source = FeatureSource(tmp_path / "features", tokens_per_frame=10, width=64, fps=2.0)
+    source = FeatureSource(tmp_path / "features", features_per_frame=10, width=64, fps=2.0)
     assert source.meta.tower == fingerprint(CONFIG, pretrained.params)
     for i, (name, images) in enumerate(frames.items()):
         stored_name, features = source.read(i)

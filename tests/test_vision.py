@@ -20,21 +20,33 @@ from videollm_mod_jax.models.vision import (
 )
 
 SIGLIP = VisionConfig(
+    architecture="siglip",
     image_size=34,  # two pixels more than four patches
     patch_size=8,
     width=16,
     mlp_width=40,
     num_layers=3,
+    unused_blocks=0,
     num_heads=2,
     norm_eps=1e-6,
     activation="gelu_tanh",
+    final_norm=True,
+    pooling_head=True,
     summary="attention_pool",
     pool=(3, 3),
+    pooling="average",
     mean=(0.5, 0.4, 0.3),
     std=(0.5, 0.6, 0.7),
 )
 CLIP = dataclasses.replace(
-    SIGLIP, norm_eps=1e-5, activation="quick_gelu", summary="class_token", pool=(2, 2)
+    SIGLIP,
+    architecture="clip",
+    norm_eps=1e-5,
+    activation="quick_gelu",
+    final_norm=False,
+    pooling_head=False,
+    summary="class_token",
+    pool=(2, 2),
 )
 
 

@@ -30,16 +30,21 @@ DECODER = DecoderConfig(
 )
 
 VISION = VisionConfig(
+    architecture="siglip",
     image_size=16,
     patch_size=4,
     width=12,
     mlp_width=24,
     num_layers=1,
+    unused_blocks=0,
     num_heads=2,
     norm_eps=1e-6,
     activation="gelu_tanh",
+    final_norm=True,
+    pooling_head=True,
     summary="attention_pool",
     pool=(2, 2),
+    pooling="average",
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
 )
@@ -57,6 +62,7 @@ CONFIG = VideoLLMConfig(
     routing=ROUTING,
     lora=NO_LORA,
     vision=VISION,
+    newline=False,
     dtype="float32",
     param_dtype="float32",
 )

@@ -63,7 +63,7 @@ def encode_split(
         return tower.apply({"params": tower_params}, images_BAAC).astype(np.float32)
 
     meta = FeatureMeta(
-        tokens_per_frame=config.tokens_per_frame,
+        features_per_frame=config.vision.features_per_frame,
         width=config.vision.width,
         fps=float(records[0]["fps"]),
         resolution=config.vision.image_size,
@@ -139,6 +139,7 @@ def main() -> None:
 
     def run() -> None:
         model = load_model(flags.checkpoint)
+        model.config.require("vision")
         records = _open(flags.dataset, data_dir, flags.split)
         encode_split(model.config, model.variables["params"]["vision"], records, flags.out)
         print(f"encoded {len(records)} videos into {flags.out}")

@@ -21,7 +21,8 @@ from videollm_mod_jax.data.features import FeatureSource
 from videollm_mod_jax.data.pipeline import Examples, training_batches, turns_of_record
 from videollm_mod_jax.data.tokenizer import Tokenizer, train_bpe
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.models.config import VideoLLMConfig, build
+from videollm_mod_jax.models.building import build
+from videollm_mod_jax.models.config import VideoLLMConfig
 from videollm_mod_jax.models.plan import config_plan
 from videollm_mod_jax.models.presets import decoder_preset, vision_preset
 from videollm_mod_jax.training.loop import TrainingConfig
@@ -205,10 +206,11 @@ class Dataset:
             records=self.records(split),
             features=FeatureSource(
                 self.features_path(split),
-                tokens_per_frame=model.tokens_per_frame,
+                features_per_frame=model.vision.features_per_frame,
                 width=model.vision.width,
             ),
             tokenizer=tokenizer,
+            tokens_per_frame=model.tokens_per_frame,
             system=config.system,
             budget=config.budget,
             disturb=disturb if split == "train" else None,

@@ -102,11 +102,6 @@ def build_example(
     """
     layout = _lay_out(conversation, tokenizer, tokens_per_frame)
     num_frames, num_tokens = len(layout.frame_starts), len(layout.ids)
-    if features_FNW.ndim != 3 or features_FNW.shape[1] != tokens_per_frame:
-        raise UserError(
-            f"{record}: features: expected {tokens_per_frame} tokens per frame (frames, "
-            f"{tokens_per_frame}, width), found shape {features_FNW.shape}; encode the videos again"
-        )
     if features_FNW.shape[0] != num_frames:
         raise UserError(
             f"{record}: features: expected the {num_frames} frames of the conversation, found "

@@ -27,14 +27,15 @@ class FeatureMeta:
     """What every video of a feature store shares.
 
     Attributes:
-      tokens_per_frame: N.
+      features_per_frame: vectors per frame, as the tower gives them: N, unless the model pools
+        them behind its connector.
       width: W.
       fps: frames per second.
       resolution: side in pixels of the square that the tower saw.
       tower: fingerprint of the vision tower's configuration and weights.
     """
 
-    tokens_per_frame: int
+    features_per_frame: int
     width: int
     fps: float
     resolution: int
@@ -72,7 +73,7 @@ class FeatureWriter:
         Raises:
           UserError: another N or W than the store's, or values that float16 cannot hold.
         """
-        expected = (self._meta.tokens_per_frame, self._meta.width)
+        expected = (self._meta.features_per_frame, self._meta.width)
         if features_FNW.ndim != 3 or features_FNW.shape[1:] != expected:
             raise UserError(
                 f"{self._path}: {video_id}: expected features (frames, {expected[0]}, "
@@ -106,7 +107,7 @@ class FeatureSource:
 
         Args:
           path: its directory.
-          **expected: values that fields of `meta` must have, such as `tokens_per_frame=10`.
+          **expected: values that fields of `meta` must have, such as `features_per_frame=10`.
 
         Raises:
           UserError: no feature store there, or a field that is not as expected.
@@ -140,5 +141,5 @@ class FeatureSource:
         record = self._records[index]
         end = record.index(b"\0")
         features = np.frombuffer(record, np.float16, offset=end + 1)
-        shape = (-1, self.meta.tokens_per_frame, self.meta.width)
+        shape = (-1, self.meta.features_per_frame, self.meta.width)
         return record[:end].decode(), features.reshape(shape)

@@ -30,6 +30,7 @@ class Examples:
         reads it, a dict of lists), such as `builder.as_data_source(split)`.
       features: the features of the same videos in the same order.
       tokenizer: encodes the dialogue.
+      tokens_per_frame: N of the model, how many positions of the sequence a frame takes.
       system: the instruction that opens every conversation.
       budget: the sizes of an example.
       disturb: how to disturb the answers of a training example, None for never.
@@ -38,6 +39,7 @@ class Examples:
     records: Sequence[Mapping[str, object]]
     features: FeatureSource
     tokenizer: Tokenizer
+    tokens_per_frame: int
     system: str
     budget: example.Budget
     disturb: augment.Disturbance | None = None
@@ -58,17 +60,15 @@ class Examples:
 
     def turns(self, index: int) -> tuple[example.Turn, ...]:
         """The turns of record `index`, whose slots point into the example of `load(index)`."""
-        tokens_per_frame = self.features.meta.tokens_per_frame
-        return example.turns_of(self.conversation(index), self.tokenizer, tokens_per_frame)
+        return example.turns_of(self.conversation(index), self.tokenizer, self.tokens_per_frame)
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
         """The arrays of record `index` (see `build_example`), disturbed when `rng` is given."""
         conversation, features_FNW, name = self._read(index)
         if rng is not None and self.disturb is not None:
             conversation = augment.disturb(conversation, self.disturb, rng)
-        tokens_per_frame = self.features.meta.tokens_per_frame
         return example.build_example(
-            conversation, features_FNW, self.tokenizer, tokens_per_frame, self.budget, name
+            conversation, features_FNW, self.tokenizer, self.tokens_per_frame, self.budget, name
         )
 
     def _read(self, index: int) -> tuple[dialogue.Conversation, np.ndarray, str]:

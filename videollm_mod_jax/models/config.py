@@ -5,13 +5,10 @@ converted checkpoint states each of them.
 """
 
 import dataclasses
-import difflib
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
 
-from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models.building import build, require, require_choice
 
 LINEAR_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 """The seven linears of a decoder layer, in the order of their use; LoRA targets name them."""
@@ -19,15 +16,6 @@ LINEAR_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 INSERTIONS = ("interleaved", "all", "all-deep", "interleaved-deep")
 SELECTIONS = ("learned", "uniform", "random")
 WEIGHTINGS = ("paper", "official", "tanh1", "none")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _require_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{field} is {value!r}; choose one of {', '.join(choices)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,13 +68,13 @@ class DecoderConfig:
     def __post_init__(self):
         for field in ("vocab_size", "hidden_size", "mlp_size", "num_layers", "num_kv_heads"):
             value = getattr(self, field)
-            _require(value >= 1, f"decoder.{field} is {value}; it must be at least 1")
-        _require(
+            require(value >= 1, f"decoder.{field} is {value}; it must be at least 1")
+        require(
             self.num_heads % self.num_kv_heads == 0,
             f"decoder.num_heads is {self.num_heads}, which is not a multiple of "
             f"decoder.num_kv_heads = {self.num_kv_heads}",
         )
-        _require(
+        require(
             self.head_dim % 2 == 0,
             f"decoder.head_dim is {self.head_dim}; rotary embedding needs an even number",
         )
@@ -121,12 +109,12 @@ class RoutingConfig:
 
     def __post_init__(self):
         if isinstance(self.insertion, str):
-            _require_choice("routing.insertion", self.insertion, INSERTIONS)
-        _require_choice("routing.selection", self.selection, SELECTIONS)
-        _require_choice("routing.weighting", self.weighting, WEIGHTINGS)
+            require_choice("routing.insertion", self.insertion, INSERTIONS)
+        require_choice("routing.selection", self.selection, SELECTIONS)
+        require_choice("routing.weighting", self.weighting, WEIGHTINGS)
         ratios = self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,)
         for ratio in ratios:
-            _require(0 <= ratio <= 1, f"routing.keep_ratio is {ratio}; it must lie in [0, 1]")
+            require(0 <= ratio <= 1, f"routing.keep_ratio is {ratio}; it must lie in [0, 1]")
 
 
 def full_computation() -> RoutingConfig:
@@ -171,10 +159,10 @@ class LoraConfig:
     targets: tuple[str, ...]
 
     def __post_init__(self):
-        _require(self.rank >= 0, f"lora.rank is {self.rank}; it must be 0 or more")
-        _require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
+        require(self.rank >= 0, f"lora.rank is {self.rank}; it must be 0 or more")
+        require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
         for target in self.targets:
-            _require_choice("lora.targets", target, (*LINEAR_NAMES, "lm_head"))
+            require_choice("lora.targets", target, (*LINEAR_NAMES, "lm_head"))
 
     def adapts(self, name: str) -> bool:
         """Whether the linear called `name` carries an adapter."""
@@ -189,47 +177,83 @@ class VisionConfig:
     """A ViT that is SigLIP or CLIP by its fields, and how its patches become frame tokens.
 
     Attributes:
+      architecture: `siglip`, or `clip` (class token, pre-norm, no bias on the patch embedding).
       image_size: side of the square input, pixels.
       patch_size: side of a patch, pixels. What `image_size` leaves over at the right and bottom is
         unseen, as in a convolution without padding (SigLIP so400m: 384 = 27 * 14 + 6).
       width: W, width of the tower and of the frame tokens it gives.
       mlp_width: width of its MLPs.
-      num_layers: transformer blocks.
+      num_layers: transformer blocks that have weights.
+      unused_blocks: how many of them, the last ones, never run. LLaVA-1.5 reads the patches behind
+        23 of 24 blocks (`vision_feature_layer: -2`).
       num_heads: attention heads; divides `width`.
       norm_eps: of every layer norm.
       activation: `gelu_tanh` (SigLIP), `quick_gelu` (CLIP) or `gelu`.
-      summary: where a frame's CLS token comes from: `attention_pool` (SigLIP's pooling head) or
-        `class_token` (CLIP).
-      pool: (h, w): the patch grid is average-pooled to h x w spatial tokens; (0, 0) leaves the CLS
-        token alone (VideoLLM-online's one token per frame).
+      final_norm: the patches pass the tower's last layer norm (SigLIP's `last_hidden_state`).
+      pooling_head: SigLIP's attention-pooling head has weights.
+      summary: where a frame's CLS token comes from: `attention_pool` (SigLIP's pooling head),
+        `class_token` (CLIP), or `none`: a frame is its patches alone (LLaVA).
+      pool: (h, w): the patch grid is pooled to h x w spatial tokens; (0, 0) leaves the CLS token
+        alone (VideoLLM-online's one token per frame). The grid itself pools nothing.
+      pooling: `average`, of what the tower gives (VideoLLM-online, LLaVA-NeXT-Video), or
+        `bilinear`, of what the connector makes of it (LLaVA-OneVision).
       mean, std: per channel, of pixels scaled to [0, 1].
     """
 
+    architecture: str
     image_size: int
     patch_size: int
     width: int
     mlp_width: int
     num_layers: int
+    unused_blocks: int
     num_heads: int
     norm_eps: float
     activation: str
+    final_norm: bool
+    pooling_head: bool
     summary: str
     pool: tuple[int, int]
+    pooling: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     def __post_init__(self):
-        _require_choice("vision.activation", self.activation, ("gelu_tanh", "quick_gelu", "gelu"))
-        _require_choice("vision.summary", self.summary, ("attention_pool", "class_token"))
-        _require(
+        require_choice("vision.architecture", self.architecture, ("siglip", "clip"))
+        require_choice("vision.activation", self.activation, ("gelu_tanh", "quick_gelu", "gelu"))
+        require_choice("vision.summary", self.summary, ("attention_pool", "class_token", "none"))
+        require_choice("vision.pooling", self.pooling, ("average", "bilinear"))
+        require(
             1 <= self.patch_size <= self.image_size,
             f"vision.patch_size is {self.patch_size}; it must lie between 1 and "
             f"vision.image_size = {self.image_size}",
         )
-        _require(
+        require(
             self.width % self.num_heads == 0,
             f"vision.width is {self.width}, which is not a multiple of "
             f"vision.num_heads = {self.num_heads}",
+        )
+        require(
+            0 <= self.unused_blocks < self.num_layers,
+            f"vision.unused_blocks is {self.unused_blocks}; it must be at least 0 and less than "
+            f"vision.num_layers = {self.num_layers}",
+        )
+        possible = {
+            "attention_pool": self.architecture == "siglip"
+            and self.pooling_head
+            and not self.unused_blocks,
+            "class_token": self.architecture == "clip",
+            "none": self.pool != (0, 0),
+        }
+        require(
+            possible[self.summary],
+            f"vision.summary is {self.summary!r}, which this tower cannot give: attention_pool "
+            "needs siglip with its pooling_head and all blocks, class_token needs clip, and none "
+            "needs a pool of at least one token",
+        )
+        require(
+            self.pooling == "average" or self.summary == "none",
+            "vision.pooling is 'bilinear', which pools patches alone; set vision.summary to 'none'",
         )
 
     @property
@@ -239,38 +263,76 @@ class VisionConfig:
 
     @property
     def tokens_per_frame(self) -> int:
-        """N: the CLS token and the pooled spatial tokens."""
-        return 1 + self.pool[0] * self.pool[1]
+        """N: the CLS token, if there is one, and the pooled spatial tokens."""
+        return (self.summary != "none") + self.pool[0] * self.pool[1]
+
+    @property
+    def features_per_frame(self) -> int:
+        """What the tower gives and the connector takes: N, or all patches if these pool later."""
+        if self.pooling == "bilinear":
+            return self.patches_per_side**2
+        return self.tokens_per_frame
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoLLMConfig:
     """Everything that `model.json` of a checkpoint says: the architecture and its number types.
 
+    What LoRA training updates (adapters, routers, connector) is stored in float32 whatever
+    `param_dtype` says, because small updates to bfloat16 numbers are lost to rounding.
+
     Attributes:
-      decoder: the language model.
+      decoder: the language model; None for a vision tower alone.
       routing: Mixture-of-Depths over its vision tokens.
       lora: its adapters.
-      vision: the frame encoder.
+      vision: the frame encoder; None for a language model alone, which has no connector either.
+      newline: there is a learnt embedding, of token id V, that ends a row of an image or a video
+        (`image_newline` of LLaVA-NeXT and LLaVA-OneVision).
       dtype: of activations and matrix products, `bfloat16` or `float32`.
-      param_dtype: of stored parameters.
+      param_dtype: of the stored parameters of embedding, decoder, head and tower.
     """
 
-    decoder: DecoderConfig
+    decoder: DecoderConfig | None
     routing: RoutingConfig
     lora: LoraConfig
-    vision: VisionConfig
+    vision: VisionConfig | None
+    newline: bool
     dtype: str
     param_dtype: str
 
     def __post_init__(self):
         for field in ("dtype", "param_dtype"):
-            _require_choice(field, getattr(self, field), ("bfloat16", "float32"))
+            require_choice(field, getattr(self, field), ("bfloat16", "float32"))
+        require(
+            self.decoder is not None or self.vision is not None,
+            "the model has neither a decoder nor a vision tower; give it one",
+        )
+        require(
+            self.vision is not None or self.routing.insertion == (),
+            "routing.insertion routes vision tokens, and the model has no vision tower; add one, "
+            "or route nowhere: ()",
+        )
 
     @property
     def tokens_per_frame(self) -> int:
-        """N, vision tokens per frame."""
-        return self.vision.tokens_per_frame
+        """N, vision tokens per frame; 0 without a vision tower."""
+        return self.vision.tokens_per_frame if self.vision else 0
+
+    def require(self, *parts: str) -> None:
+        """Checks that the model has what its user needs.
+
+        Args:
+          *parts: of `decoder` and `vision`.
+
+        Raises:
+          UserError: one is missing.
+        """
+        for part in parts:
+            require(
+                getattr(self, part) is not None,
+                f"the model has no {part}: it is a part, converted alone; convert the language "
+                "model again with --vision-tower to get a whole",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """A nested dict that JSON can hold; `from_dict` is its inverse."""
@@ -284,65 +346,3 @@ class VideoLLMConfig:
           UserError: an unknown, missing or wrongly typed field, named.
         """
         return build(cls, values, "model")
-
-
-def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """Builds the frozen dataclass `cls` from nested plain values, refusing what does not fit.
-
-    Args:
-      cls: a dataclass of this module.
-      values: a mapping with exactly its field names; lists stand for tuples, as JSON has them.
-      where: the path of `values` in its file, for messages.
-
-    Raises:
-      UserError: an unknown, missing or wrongly typed field, named.
-    """
-    _require(isinstance(values, Mapping), f"{where} is {values!r}; expected a table of fields")
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(hints)}"
-            raise UserError(f"{where}.{key} is not a known field; {hint}")
-    for key in hints:
-        _require(key in values, f"{where}.{key} is missing")
-    return cls(**{k: _convert(hints[k], values[k], f"{where}.{k}") for k in hints})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        for option in arguments:
-            if _fits(option, value):
-                return _convert(option, value, where)
-        raise UserError(f"{where} is {value!r}; expected {_spell(hint)}")
-    _require(_fits(hint, value), f"{where} is {value!r}; expected {_spell(hint)}")
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)
-    if origin is tuple:
-        if Ellipsis in arguments:
-            return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-        _require(len(value) == len(arguments), f"{where} is {value!r}; expected {_spell(hint)}")
-        return tuple(
-            _convert(h, v, f"{where}[{i}]")
-            for i, (h, v) in enumerate(zip(arguments, value, strict=True))
-        )
-    return float(value) if hint is float else value
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    if hint is types.NoneType:
-        return value is None
-    if dataclasses.is_dataclass(hint):
-        return isinstance(value, Mapping)
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, (tuple, list))
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _spell(hint: Any) -> str:
-    if isinstance(hint, type) and typing.get_origin(hint) is None:
-        return hint.__name__
-    return str(hint).replace("typing.", "").replace("videollm_mod_jax.models.config.", "")

@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from videollm_mod_jax.models.layers import Linear
 
@@ -11,17 +12,16 @@ from videollm_mod_jax.models.layers import Linear
 class Connector(nn.Module):
     """Linear(W -> D) -> GELU -> Linear(D -> D), both with bias (`mlp2x_gelu` of LLaVA).
 
-    The GELU is the exact one (erf), as PyTorch's default is.
+    The GELU is the exact one (erf), as PyTorch's default is. Parameters are float32, because LoRA
+    training updates them.
 
     Attributes:
       hidden_size: D.
       dtype: of activations and matrix products.
-      param_dtype: of parameters.
     """
 
     hidden_size: int
     dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, features_BFNW: jax.Array) -> jax.Array:
@@ -36,6 +36,6 @@ class Connector(nn.Module):
             use_bias=True,
             lora=None,
             dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            param_dtype=jnp.float32,
             name=name,
         )

@@ -120,22 +120,24 @@ class Block(nn.Module):
 
 
 class Router(nn.Module):
-    """The LayerExpert: one score per vision token, mu = w . x (+ b in the authors' code)."""
+    """The LayerExpert: one score per vision token, mu = w . x (+ b in the authors' code).
+
+    Its parameters are float32, because LoRA training updates them.
+    """
 
     config: VideoLLMConfig
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array | float]:
         """Returns kernel_D and the bias (0.0 where the weighting has none)."""
-        weighting, param_dtype = self.config.routing.weighting, self.config.param_dtype
-        D = self.config.decoder.hidden_size
+        weighting, D = self.config.routing.weighting, self.config.decoder.hidden_size
         # tanh1 starts at zero so that the gate starts at 1; the others need scores that differ.
         init = nn.initializers.normal(0.0 if weighting == "tanh1" else D**-0.5)
         init = nn.with_logical_partitioning(init, ("embed",))
-        kernel_D = self.param("kernel", init, (D,), param_dtype)
+        kernel_D = self.param("kernel", init, (D,), jnp.float32)
         if weighting != "official":
             return kernel_D, 0.0
-        return kernel_D, self.param("bias", nn.initializers.zeros_init(), (), param_dtype)
+        return kernel_D, self.param("bias", nn.initializers.zeros_init(), (), jnp.float32)
 
 
 class Layer(nn.Module):

@@ -50,7 +50,8 @@ class Linear(nn.Module):
       use_bias: whether b exists.
       lora: the adapter's configuration, or None for a linear without one.
       dtype: of the product.
-      param_dtype: of kernel, bias and adapter.
+      param_dtype: of kernel and bias; the adapter is float32, because small updates to bfloat16
+        numbers are lost to rounding.
       out_dtype: of the output; None means `dtype`.
     """
 
@@ -91,7 +92,7 @@ class Linear(nn.Module):
     def _adapter(self, name: str, init: Any, axes: tuple[str, str], shape: tuple[int, int]):
         def make():
             boxed = nn.with_logical_partitioning(init, axes)
-            return boxed(self.make_rng("params"), shape, self.param_dtype)
+            return boxed(self.make_rng("params"), shape, jnp.float32)
 
         return self.variable("lora", name, make).value
 

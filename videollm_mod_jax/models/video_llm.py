@@ -14,7 +14,7 @@ from videollm_mod_jax.models.config import VideoLLMConfig
 from videollm_mod_jax.models.connector import Connector
 from videollm_mod_jax.models.decoder import Decoder, Kept
 from videollm_mod_jax.models.layers import Linear
-from videollm_mod_jax.models.vision import VisionTower
+from videollm_mod_jax.models.vision import VisionTower, interpolation_matrix, pool_patches
 
 
 @flax.struct.dataclass
@@ -47,10 +47,14 @@ class VideoLLM(nn.Module):
     remat: bool = False
 
     def setup(self):
-        """Makes the parts, under the names their parameters have."""
-        config, decoder = self.config, self.config.decoder
-        self.vision = VisionTower(config.vision, config.dtype, config.param_dtype)
-        self.connector = Connector(decoder.hidden_size, config.dtype, config.param_dtype)
+        """Makes the parts that the config has, under the names their parameters have."""
+        config, decoder, vision = self.config, self.config.decoder, self.config.vision
+        if vision is not None:
+            self.vision = VisionTower(vision, config.dtype, config.param_dtype)
+        if decoder is None:
+            return
+        if vision is not None:
+            self.connector = Connector(decoder.hidden_size, config.dtype)
         init = nn.initializers.normal(decoder.hidden_size**-0.5)
         self.embedding_VD = self.param(
             "embedding",
@@ -58,6 +62,13 @@ class VideoLLM(nn.Module):
             (decoder.vocab_size, decoder.hidden_size),
             config.param_dtype,
         )
+        if config.newline:
+            self.newline_D = self.param(
+                "newline",
+                nn.with_logical_partitioning(init, ("embed",)),
+                (decoder.hidden_size,),
+                config.param_dtype,
+            )
         self.decoder = Decoder(config, self.scan, self.remat)
         self.lm_head = Linear(
             features=decoder.vocab_size,
@@ -72,7 +83,7 @@ class VideoLLM(nn.Module):
     def __call__(
         self,
         tokens_BS: jax.Array,
-        features_BFNW: jax.Array,
+        features_BFNW: jax.Array | None,
         frame_starts_BF: jax.Array,
         logit_positions_BJ: jax.Array,
         position_BS: jax.Array | None = None,
@@ -90,8 +101,9 @@ class VideoLLM(nn.Module):
         Dropout (of LoRA) is active when `apply` is given a `dropout` rng.
 
         Args:
-          tokens_BS: int32 text ids; vision and padding slots hold any valid id.
-          features_BFNW: frame tokens from `encode`; F may be 0.
+          tokens_BS: int32 text ids; vision and padding slots hold any valid id. Id V is the newline
+            of a model that has one.
+          features_BFNW: frame tokens from `encode`; F may be 0, or the array None.
           frame_starts_BF: int32 index of the first token of every frame in this sequence.
           logit_positions_BJ: int32 indices of the tokens whose next-token logits are wanted.
           position_BS: int32 positions in the stream, EMPTY for padding of a cached chunk; None
@@ -101,16 +113,50 @@ class VideoLLM(nn.Module):
         Returns:
           `Output`.
         """
+        x_BSD = self.embed(tokens_BS, features_BFNW, frame_starts_BF)
+        return self.decode(x_BSD, frame_starts_BF, logit_positions_BJ, position_BS, caches)
+
+    def embed(
+        self,
+        tokens_BS: jax.Array,
+        features_BFNW: jax.Array | None,
+        frame_starts_BF: jax.Array,
+    ) -> jax.Array:
+        """The residual stream x_BSD that enters the decoder; arguments as in `__call__`."""
+        last = self.config.decoder.vocab_size - 1
+        x_BSD = self.embedding_VD[jnp.minimum(tokens_BS, last)]
+        if self.config.newline:
+            x_BSD = jnp.where((tokens_BS > last)[:, :, None], self.newline_D, x_BSD)
+        x_BSD = x_BSD.astype(self.config.dtype)
+        if features_BFNW is None or features_BFNW.shape[1] == 0:
+            return x_BSD
+        vision_BFND = self.connect(features_BFNW)
+        B, F, N, D = vision_BFND.shape
+        rows_BR = routing.vision_rows(frame_starts_BF, N)
+        return routing.set_rows(x_BSD, rows_BR, vision_BFND.reshape(B, F * N, D))
+
+    def connect(self, features_BFNW: jax.Array) -> jax.Array:
+        """Frame tokens of the tower to embeddings [B, F, N, D]; bilinear pooling happens here."""
+        vision_BFND = self.connector(features_BFNW)
+        config = self.config.vision
+        if config.pooling == "bilinear" and config.pool != (config.patches_per_side,) * 2:
+            matrix_QP = interpolation_matrix(config.patches_per_side, config.pool)
+            vision_BFND = pool_patches(matrix_QP, vision_BFND)
+        return vision_BFND
+
+    def decode(
+        self,
+        x_BSD: jax.Array,
+        frame_starts_BF: jax.Array,
+        logit_positions_BJ: jax.Array,
+        position_BS: jax.Array | None = None,
+        caches: Caches | None = None,
+    ) -> Output:
+        """Everything behind `embed`; arguments as in `__call__`."""
         if position_BS is None:
             position_BS = jnp.broadcast_to(
-                jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape
+                jnp.arange(x_BSD.shape[1], dtype=jnp.int32), x_BSD.shape[:2]
             )
-        x_BSD = self.embedding_VD[tokens_BS].astype(self.config.dtype)
-        B, F, N, _ = features_BFNW.shape
-        if F > 0:
-            vision_BFND = self.connector(features_BFNW)
-            rows_BR = routing.vision_rows(frame_starts_BF, N)
-            x_BSD = routing.set_rows(x_BSD, rows_BR, vision_BFND.reshape(B, F * N, -1))
         hidden_BSD, caches, kept = self.decoder(x_BSD, position_BS, frame_starts_BF, caches)
         judged_BJD = jnp.take_along_axis(hidden_BSD, logit_positions_BJ[:, :, None], axis=1)
         tied = self.config.decoder.tie_embeddings
@@ -124,21 +170,30 @@ class VideoLLM(nn.Module):
           images_BCCA: float [B, image_size, image_size, 3], normalised by `vision.preprocess`.
 
         Returns:
-          features_BNW in the compute dtype: the CLS token, then the pooled patches row by row.
+          features_BNW in the compute dtype: the CLS token, then the pooled patches row by row. All
+          patches if they are pooled behind the connector.
         """
         return self.vision(images_BCCA)
 
+    def embed_patches(self, images_BCCA: jax.Array) -> jax.Array:
+        """Every patch of such images as an embedding [B, P, D], pooled nowhere (still images)."""
+        return self.connector(self.vision.patches(images_BCCA))
+
     def init_all(self) -> None:
         """Touches every part, so that one `init` makes every parameter."""
-        config = self.config.vision
-        N = config.tokens_per_frame
-        self.encode(jnp.zeros((1, config.image_size, config.image_size, 3), jnp.float32))
-        self(
-            tokens_BS=jnp.zeros((1, N + 1), jnp.int32),
-            features_BFNW=jnp.zeros((1, 1, N, config.width), jnp.float32),
-            frame_starts_BF=jnp.ones((1, 1), jnp.int32),
-            logit_positions_BJ=jnp.zeros((1, 1), jnp.int32),
-        )
+        vision, N = self.config.vision, self.config.tokens_per_frame
+        features_BFNW = None
+        if vision is not None:
+            self.encode(jnp.zeros((1, vision.image_size, vision.image_size, 3), jnp.float32))
+            features_BFNW = jnp.zeros((1, 1, vision.features_per_frame, vision.width), jnp.float32)
+        if self.config.decoder is not None:
+            frames = 0 if vision is None else 1
+            self(
+                tokens_BS=jnp.zeros((1, N + 1), jnp.int32),
+                features_BFNW=features_BFNW,
+                frame_starts_BF=jnp.ones((1, frames), jnp.int32),
+                logit_positions_BJ=jnp.zeros((1, 1), jnp.int32),
+            )
 
 
 def init_variables(model: VideoLLM, key: jax.Array) -> dict[str, Any]:

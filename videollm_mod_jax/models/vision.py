@@ -37,13 +37,14 @@ class VisionOutput:
     """What the tower gives for a batch of images.
 
     Attributes:
-      hidden_BPW: tokens of the last block, row-major over the image. SigLIP: after the final layer
-        norm. CLIP: before it, and with the class token in front.
+      hidden_BPW: tokens behind the blocks that run, row-major over the image; CLIP's class token is
+        in front. After the final layer norm if `config.final_norm`.
       pooled_BW: SigLIP: output of the attention-pooling head. CLIP: the layer-normed class token.
+        None where the tower has no such head or does not run to its end.
     """
 
     hidden_BPW: jax.Array
-    pooled_BW: jax.Array
+    pooled_BW: jax.Array | None
 
 
 def preprocess(images_BHWC: np.ndarray | jax.Array, config: VisionConfig) -> jax.Array:
@@ -105,25 +106,61 @@ def pooling_matrix(side: int, pool: tuple[int, int]) -> np.ndarray:
     return np.kron(bins(pool[0]), bins(pool[1])).astype(np.float32)
 
 
+def interpolation_matrix(side: int, pool: tuple[int, int]) -> np.ndarray:
+    """Bilinear resizing of a square grid as a matrix, with PyTorch's sampling points.
+
+    Output cell i of n samples row (i + 0.5) * side / n - 0.5, between its two neighbours, as
+    `interpolate(mode="bilinear", align_corners=False)` does. Columns likewise.
+
+    ```
+    side 3, pool (1, 2)        patch  0   1   2   3   4   5   6   7   8
+    0 1 2    left:  column 0.25     [ 0   0   0  3/4 1/4  0   0   0   0 ]
+    3 4 5    right: column 1.75     [ 0   0   0   0  1/4 3/4  0   0   0 ]
+    6 7 8    both:  row 1
+    ```
+
+    Returns:
+      float32 [h * w, side * side]; the rows, row-major over the cells, sum to one.
+    """
+
+    def samples(count: int) -> np.ndarray:
+        at = np.clip((np.arange(count) + 0.5) * side / count - 0.5, 0, side - 1)
+        return np.maximum(1 - np.abs(at[:, None] - np.arange(side)), 0)
+
+    return np.kron(samples(pool[0]), samples(pool[1])).astype(np.float32)
+
+
+def pool_patches(matrix_QP: np.ndarray, patches: jax.Array) -> jax.Array:
+    """Applies a pooling matrix to [..., P, W], in float32, and returns [..., Q, W] in its dtype."""
+    pooled = jnp.einsum("QP,...PW->...QW", matrix_QP, patches, preferred_element_type=jnp.float32)
+    return pooled.astype(patches.dtype)
+
+
+def spatial_tokens(output: VisionOutput, config: VisionConfig) -> jax.Array:
+    """All patches [B, P, W], without a class token."""
+    return output.hidden_BPW[:, 1:] if config.architecture == "clip" else output.hidden_BPW
+
+
 def frame_tokens(output: VisionOutput, config: VisionConfig) -> jax.Array:
     """The tokens that stand for a frame: `[cls, spatial...]`, spatial ones row-major.
 
-    SigLIP's CLS is its pooled output; CLIP's is its class token as the last block leaves it.
+    SigLIP's CLS is its pooled output; CLIP's is its class token as the last block that runs
+    leaves it. With bilinear pooling the patches come whole, for the connector.
 
     Returns:
-      [B, N, W], N = `config.tokens_per_frame`, in the tower's dtype.
+      [B, `config.features_per_frame`, W], in the tower's dtype.
     """
+    side, tokens = config.patches_per_side, []
     if config.summary == "class_token":
-        summary_BW, patches_BPW = output.hidden_BPW[:, 0], output.hidden_BPW[:, 1:]
-    else:
-        summary_BW, patches_BPW = output.pooled_BW, output.hidden_BPW
-    if config.tokens_per_frame == 1:
-        return summary_BW[:, None]
-    matrix_QP = pooling_matrix(config.patches_per_side, config.pool)
-    spatial_BQW = jnp.einsum(
-        "QP,BPW->BQW", matrix_QP, patches_BPW, preferred_element_type=jnp.float32
-    )
-    return jnp.concatenate([summary_BW[:, None], spatial_BQW.astype(summary_BW.dtype)], axis=1)
+        tokens.append(output.hidden_BPW[:, :1])
+    elif config.summary == "attention_pool":
+        tokens.append(output.pooled_BW[:, None])
+    if config.pool != (0, 0):
+        patches_BPW = spatial_tokens(output, config)
+        if config.pooling == "average" and config.pool != (side, side):
+            patches_BPW = pool_patches(pooling_matrix(side, config.pool), patches_BPW)
+        tokens.append(patches_BPW)
+    return jnp.concatenate(tokens, axis=1)
 
 
 class VisionTower(nn.Module):
@@ -143,34 +180,49 @@ class VisionTower(nn.Module):
     param_dtype: Any
 
     def __call__(self, images_BHWC: jax.Array) -> jax.Array:
-        """The frame tokens [B, N, W], in `dtype`, of images normalised by `preprocess`."""
+        """The `frame_tokens`, in `dtype`, of images normalised by `preprocess`."""
         return frame_tokens(self.outputs(images_BHWC), self.config)
+
+    def patches(self, images_BHWC: jax.Array) -> jax.Array:
+        """All patches [B, P, W] of such images, behind the blocks that run."""
+        return spatial_tokens(self.outputs(images_BHWC), self.config)
 
     @nn.compact
     def outputs(self, images_BHWC: jax.Array) -> VisionOutput:
         """All tokens of images [B, image_size, image_size, 3] normalised by `preprocess`."""
         config, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        has_class_token = config.summary == "class_token"
+        is_clip = config.architecture == "clip"
         x_BPW = _PatchEmbedding(config, **kinds, name="patch_embedding")(images_BHWC)
-        if has_class_token:
+        if is_clip:
             class_W = _parameter(self, "class_embedding", (config.width,), ("embed",))
             class_B1W = jnp.broadcast_to(class_W, (x_BPW.shape[0], 1, config.width))
             x_BPW = jnp.concatenate([class_B1W, x_BPW], axis=1)
         x_BPW += _parameter(self, "position_embedding", x_BPW.shape[1:], (None, "embed"))
-        if has_class_token:
+        if is_clip:
             x_BPW = _norm(self, "pre_norm")(x_BPW)
-        blocks = nn.scan(
-            _Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=config.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x_BPW, _ = blocks(config, **kinds, name="blocks")(x_BPW)
-        if has_class_token:
-            return VisionOutput(x_BPW, _norm(self, "post_norm")(x_BPW[:, 0]))
-        x_BPW = _norm(self, "post_norm")(x_BPW)
-        return VisionOutput(x_BPW, _AttentionPool(config, **kinds, name="head")(x_BPW))
+
+        def blocks(name: str, length: int, x_BPW: jax.Array) -> jax.Array:
+            scanned = nn.scan(
+                _Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=length,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            return scanned(config, **kinds, name=name)(x_BPW)[0]
+
+        unused = config.unused_blocks
+        x_BPW = blocks("blocks", config.num_layers - unused, x_BPW)
+        if unused and self.is_initializing():
+            # Checkpoints hold them, so they are kept for the way back, and never run.
+            blocks("unused_blocks", unused, x_BPW)
+        normed_BPW, pooled_BW = _norm(self, "post_norm")(x_BPW), None
+        if config.pooling_head:
+            pooled_BW = _AttentionPool(config, **kinds, name="head")(normed_BPW)
+        elif is_clip:
+            pooled_BW = normed_BPW[:, 0]
+        hidden_BPW = normed_BPW if config.final_norm else x_BPW
+        return VisionOutput(hidden_BPW, None if unused else pooled_BW)
 
 
 class _PatchEmbedding(nn.Module):
@@ -190,7 +242,7 @@ class _PatchEmbedding(nn.Module):
         patches = images_BHWC.reshape(-1, side, size, side, size, 3).swapaxes(2, 3)
         patches = patches.reshape(-1, side * side, size * size * 3).astype(self.dtype)
         x_BPW = patches @ kernel.reshape(-1, width)
-        if self.config.summary == "attention_pool":
+        if self.config.architecture == "siglip":
             x_BPW += _parameter(self, "bias", (width,), ("embed",), nn.initializers.zeros)
         return x_BPW
 

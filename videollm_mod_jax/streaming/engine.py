@@ -94,7 +94,7 @@ def append(
     state: StreamState,
     tokens_BS: jax.Array,
     length_B: jax.Array,
-    features_BFNW: jax.Array,
+    features_BFNW: jax.Array | None,
     frame_starts_BF: jax.Array,
 ) -> StreamState:
     """Appends a chunk of text and frames; the one step that all others are made of. Not jitted.
@@ -106,7 +106,7 @@ def append(
       tokens_BS: int32 ids; anything in vision slots and padding.
       length_B: int32 real tokens, vision included; what lies behind them is padding, which no
         cache stores. A stream with 0 is left as it was.
-      features_BFNW: frame tokens of the tower.
+      features_BFNW: frame tokens of the tower; None for text alone.
       frame_starts_BF: int32, relative to the chunk.
     """
     index_S = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)
@@ -128,11 +128,8 @@ def append(
 
 
 def _append_text(model, variables, state, tokens_BT, length_B):
-    config = model.config
-    B = tokens_BT.shape[0]
-    no_features = jnp.zeros((B, 0, config.tokens_per_frame, config.vision.width))
-    no_starts = jnp.zeros((B, 0), jnp.int32)
-    return append(model, variables, state, tokens_BT, length_B, no_features, no_starts)
+    no_starts = jnp.zeros((tokens_BT.shape[0], 0), jnp.int32)
+    return append(model, variables, state, tokens_BT, length_B, None, no_starts)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")

@@ -97,6 +97,7 @@ class StreamingSession:
         Raises:
           UserError: a number out of range.
         """
+        model.config.require("decoder", "vision")
         check_threshold(silence_threshold)
         if temperature < 0:
             raise UserError(f"temperature is {temperature}; expected 0 (greedy) or more")

@@ -45,13 +45,13 @@ class LoadedModel:
     Attributes:
       config: its architecture.
       variables: of `VideoLLM(config, scan=False)`.
-      tokenizer: the one that it was trained with.
+      tokenizer: the one that it was trained with; None for a vision tower alone.
       system: the instruction that opened every conversation it was trained on.
     """
 
     config: VideoLLMConfig
     variables: Variables
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     system: str
 
 
@@ -59,7 +59,7 @@ def save_model(
     directory: str | os.PathLike[str],
     config: VideoLLMConfig,
     variables: Variables,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     system: str,
 ) -> None:
     """Writes a model that has no training state; `load_model` is the inverse.
@@ -68,7 +68,7 @@ def save_model(
       directory: made if missing.
       config: the architecture.
       variables: of `VideoLLM(config, scan=False)`, all of them.
-      tokenizer: saved beside the weights.
+      tokenizer: saved beside the weights; None for a vision tower alone.
       system: the instruction that opens every conversation.
 
     Raises:
@@ -97,7 +97,7 @@ def load_model(directory: str | os.PathLike[str], layout: Layout | None = None) 
     """
     directory = Path(directory)
     config = read_model_config(directory)
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = Tokenizer.load(directory) if config.decoder else None
     system = read_json(directory / DIALOGUE_FILE)["system"]
     expected = abstract_variables(VideoLLM(config), layout)
     parts = [directory / WEIGHTS]
@@ -114,12 +114,13 @@ def load_model(directory: str | os.PathLike[str], layout: Layout | None = None) 
 
 
 def write_description(
-    directory: Path, config: VideoLLMConfig, tokenizer: Tokenizer, system: str
+    directory: Path, config: VideoLLMConfig, tokenizer: Tokenizer | None, system: str
 ) -> None:
     """Writes all that a model is, save its weights."""
     write_json(directory / MODEL_FILE, config.to_dict())
     write_json(directory / DIALOGUE_FILE, {"system": system})
-    tokenizer.save(directory)
+    if tokenizer is not None:
+        tokenizer.save(directory)
 
 
 def read_model_config(directory: Path) -> VideoLLMConfig:
