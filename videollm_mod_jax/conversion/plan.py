@@ -1,13 +1,58 @@
 """What a conversion is going to do: sources, tables, and the model that comes of them."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict
+
 from videollm_mod_jax.conversion.source import Source
-from videollm_mod_jax.conversion.table import Table
-from videollm_mod_jax.models import VideoLLMConfig
+from videollm_mod_jax.conversion.table import Table, check_shape, match
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models import (
+    NO_LORA,
+    DecoderConfig,
+    LoraConfig,
+    RoutingConfig,
+    VideoLLM,
+    VideoLLMConfig,
+    VisionConfig,
+    full_computation,
+)
+from videollm_mod_jax.training.sharding import abstract_variables
+
+DTYPES = ("auto", "bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asks of a conversion.
+
+    Attributes:
+      base: the model that an adapter adapts; None takes the one that its config names.
+      vision_tower: of a language model that holds none.
+      mod: (insertion, keep_ratio) of Mixture-of-Depths, or None for the model as it is.
+      weighting: of its routers; None takes `tanh1`, with which a pretrained block starts unchanged.
+      pool: (h, w) spatial tokens per frame; None takes the family's.
+      dtype: of frozen weights, one of `DTYPES`; `auto` keeps float32 and makes bfloat16 of halves.
+      merge: adds an adapter to the kernels instead of keeping it beside them.
+      tokenizer: directory of `tokenizer.json`; None takes the one beside the language model.
+      system: the instruction that opens every conversation.
+    """
+
+    base: Path | None = None
+    vision_tower: Path | None = None
+    mod: tuple[str | tuple[int, ...], float] | None = None
+    weighting: str | None = None
+    pool: tuple[int, int] | None = None
+    dtype: str = "auto"
+    merge: bool = False
+    tokenizer: Path | None = None
+    system: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,12 +61,16 @@ class Part:
 
     Attributes:
       role: `model`, `vision_tower` or `adapter`.
+      family: of this directory alone, such as `clip`.
+      layout: name of the key layout that its names have, such as `hf-4.52`.
       source: its tensors.
       table: what becomes of them; targets are full paths of variables.
       config: its `config.json` (`adapter_config.json` of an adapter), word by word.
     """
 
     role: str
+    family: str
+    layout: str
     source: Source
     table: Table
     config: Mapping[str, Any]
@@ -42,26 +91,159 @@ class Merge:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Draft:
+    """What a family reads out of its directories, before anything is checked against anything.
+
+    Attributes:
+      family: as in `Conversion`.
+      parts: language model first.
+      decoder, vision, newline: as in `VideoLLMConfig`.
+      tokenizer: directory with `tokenizer.json`, or None where there is none.
+      routing: what the weights were trained with, or None to let the options decide.
+      lora: adapters that stay beside the kernels.
+      merges: adapters that do not, by path of the kernel; their tensors are in the `left_out` of
+        their part's table.
+    """
+
+    family: str
+    parts: tuple[Part, ...]
+    decoder: DecoderConfig | None
+    vision: VisionConfig | None
+    newline: bool
+    tokenizer: Path | None
+    routing: RoutingConfig | None = None
+    lora: LoraConfig = NO_LORA
+    merges: Mapping[str, Merge] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversion:
     """A checked plan: every tensor of every part is used once, every variable is filled once.
 
     Attributes:
       family: name of the family, such as `llava`.
-      layout: name of the key layout that the model's names have, such as `hf-4.52`.
       config: of the model that comes of it.
-      parts: base model first; together they fill every variable that is not in `fresh`.
+      parts: language model first; together they fill every variable that is not in `fresh`.
       fresh: paths of variables that no source has and that are initialised: a connector between a
-        language model and a tower that have not met, routers, adapters.
+        language model and a tower that have not met, routers.
       merges: by path of the kernel, the adapter that is merged into it on the way.
       tokenizer: directory with `tokenizer.json`, or None for a vision tower alone.
       system: the instruction that opens every conversation.
     """
 
     family: str
-    layout: str
     config: VideoLLMConfig
     parts: tuple[Part, ...]
     fresh: tuple[str, ...]
     merges: Mapping[str, Merge]
     tokenizer: Path | None
     system: str
+
+    @property
+    def layout(self) -> str:
+        """Name of the key layout of the first part."""
+        return self.parts[0].layout
+
+
+def complete(draft: Draft, options: Options) -> Conversion:
+    """Applies the options to a draft and checks names and shapes of every tensor.
+
+    Reads no tensor. Nothing is left that could fail later but the values themselves.
+
+    Raises:
+      UserError: an option does not fit the model, a tensor is missing, unknown, of a wrong shape or
+        not of floating point, or there is no tokenizer.
+    """
+    config = _config(draft, options)
+    variables = flatten_dict(abstract_variables(VideoLLM(config), None), sep="/")
+    shapes = {path: tuple(leaf.shape) for path, leaf in variables.items()}
+    for part in draft.parts:
+        _check_part(part, shapes)
+    filled = [entry.target for part in draft.parts for entry in part.table.entries()]
+    fresh = tuple(path for path in shapes if path not in set(filled))
+    for path in fresh:
+        if not re.search("^params/connector/|/router/", path):
+            raise ValueError(f"no rule of {draft.family} fills {path}")
+    if config.decoder is not None and draft.tokenizer is None:
+        raise UserError(
+            f"{draft.parts[0].source.directory} holds no tokenizer.json; pass --tokenizer DIR with "
+            "one: that of the same model saved by transformers' fast tokenizer"
+        )
+    return Conversion(
+        family=draft.family,
+        config=config,
+        parts=draft.parts,
+        fresh=fresh,
+        merges=draft.merges,
+        tokenizer=draft.tokenizer if config.decoder is not None else None,
+        system=options.system,
+    )
+
+
+def _config(draft: Draft, options: Options) -> VideoLLMConfig:
+    vision = draft.vision
+    if options.pool is not None:
+        if vision is None:
+            raise UserError("--pool pools the patches of a frame; pass --vision-tower as well")
+        vision = dataclasses.replace(vision, pool=options.pool)
+    dtype = options.dtype
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if dtype == "auto":
+        # The language model decides: towers are often stored more finely than they are used.
+        source = draft.parts[0].source
+        kinds = {source.info(entry.source).dtype for entry in draft.parts[0].table.entries()}
+        halves = {np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)}
+        dtype = "bfloat16" if kinds & halves else "float32"
+    return VideoLLMConfig(
+        decoder=draft.decoder,
+        routing=_routing(draft, options),
+        lora=draft.lora,
+        vision=vision,
+        newline=draft.newline,
+        dtype=dtype,
+        param_dtype=dtype,
+    )
+
+
+def _routing(draft: Draft, options: Options) -> RoutingConfig:
+    if draft.routing is not None:
+        return draft.routing
+    if options.mod is None:
+        if options.weighting is not None:
+            raise UserError(
+                f"--weighting is {options.weighting}, of no routers; pass --mod as well"
+            )
+        return full_computation()
+    if draft.decoder is None or draft.vision is None:
+        raise UserError(
+            "--mod routes vision tokens through a language model; convert the language model with "
+            "--vision-tower DIR"
+        )
+    insertion, keep_ratio = options.mod
+    return RoutingConfig(
+        insertion=insertion,
+        keep_ratio=keep_ratio,
+        selection="learned",
+        weighting=options.weighting or "tanh1",
+        force_keep_last=False,
+    )
+
+
+def _check_part(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    source = part.source
+    match(part.table, source.names, str(source.directory))
+    for entry in part.table.entries():
+        if entry.target not in shapes:
+            raise ValueError(f"{part.family} fills {entry.target}, which the model does not have")
+        info = source.info(entry.source)
+        check_shape(entry, shapes[entry.target], info.shape, str(info.file))
+        if not _is_floating(info.dtype):
+            raise UserError(
+                f"{info.file}: {entry.source} is {info.dtype.name}; expected floating point: "
+                "quantised weights are not supported, take the model that is not quantised"
+            )
+
+
+def _is_floating(dtype: np.dtype) -> bool:
+    return np.issubdtype(dtype, np.floating) or dtype == ml_dtypes.bfloat16

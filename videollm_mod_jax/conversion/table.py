@@ -164,6 +164,16 @@ class Table:
         return _grouped(self.entries(), lambda entry: entry.target, lambda entry: entry.row or 0)
 
 
+def join(*tables: Table) -> Table:
+    """One table for a checkpoint that holds several models."""
+    return Table(
+        rules=tuple(rule for table in tables for rule in table.rules),
+        same={name: other for table in tables for name, other in table.same.items()},
+        buffers={name: make for table in tables for name, make in table.buffers.items()},
+        left_out={name: reason for table in tables for name, reason in table.left_out.items()},
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Match:
     """What a checkpoint's names are to a table.

@@ -1,0 +1,219 @@
+"""The families of checkpoints: which there are, and how a directory of one is converted."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from videollm_mod_jax.conversion import drafting, llama, llava, vision
+from videollm_mod_jax.conversion.plan import Conversion, Draft, Options, complete
+from videollm_mod_jax.conversion.source import Source, open_source
+from videollm_mod_jax.conversion.table import Table
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models import VideoLLMConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """One directory that a part of a model is exported to.
+
+    Attributes:
+      table: what its tensors are made of.
+      config: its `config.json`.
+    """
+
+    table: Table
+    config: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """A kind of checkpoint.
+
+    Attributes:
+      name: as messages and `Part.family` say it.
+      title: for people.
+      model_types: in `config.json`.
+      examples: names on the Hub.
+      draft: from (config.json, tensors, options) to what becomes of them.
+      export: from (model, layout, the config.json it came with or None) to one directory.
+      layout: of the names in a directory made from a model that came from none.
+    """
+
+    name: str
+    title: str
+    model_types: tuple[str, ...]
+    examples: tuple[str, ...]
+    draft: Callable[[Mapping[str, Any], Source, Options], Draft]
+    export: Callable[[VideoLLMConfig, str, Mapping[str, Any] | None], Export]
+    layout: str
+
+
+def plan_conversion(directory: Path, options: Options) -> Conversion:
+    """Recognises the family of a directory and plans its conversion; reads no tensor.
+
+    Args:
+      directory: as downloaded from the Hub.
+      options: what the user asks for.
+
+    Raises:
+      UserError: an unknown family, a variant that our model does not compute, weights that do not
+        fit their config.json, or options that do not fit the family.
+    """
+    for flag, value in (("--base", options.base), ("--merge", options.merge)):
+        if value:
+            raise UserError(f"{flag} is for adapters; {directory} holds no adapter_config.json")
+    return complete(draft_model(directory, options), options)
+
+
+def draft_model(directory: Path, options: Options) -> Draft:
+    """What a directory becomes that is no adapter, unchecked; adapters build on it.
+
+    Raises:
+      UserError: as `plan_conversion`, as far as configs alone tell.
+    """
+    hf = drafting.read_config(directory)
+    family = find_family(hf, str(directory / drafting.CONFIG))
+    return family.draft(hf, open_source(directory), options)
+
+
+def export_plan(
+    config: VideoLLMConfig,
+    family: str,
+    layout: str | None = None,
+    original: Mapping[str, Any] | None = None,
+) -> Export:
+    """The way back of one part of a model.
+
+    Args:
+      config: of the model.
+      family: of the part.
+      layout: of its names; None takes the one that the newest transformers reads and writes.
+      original: the config.json that it came with; None for a model that was made here.
+
+    Raises:
+      UserError: an unknown family, or one that cannot say what the model computes.
+    """
+    found = next((one for one in FAMILIES if one.name == family), None)
+    if found is None:
+        known = ", ".join(one.name for one in FAMILIES)
+        raise UserError(f"unknown family {family!r}; there are {known}")
+    return found.export(config, layout or found.layout, original)
+
+
+def find_family(hf: Mapping[str, Any], where: str) -> Family:
+    """The family of a config.json.
+
+    Args:
+      hf: the config.
+      where: its file, for messages.
+
+    Raises:
+      UserError: no family has its model type.
+    """
+    for family in FAMILIES:
+        if hf.get("model_type") in family.model_types:
+            return family
+    known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
+    raise UserError(f"{where}: model_type is {hf.get('model_type')!r}; supported are {known}")
+
+
+def _export_decoder(
+    config: VideoLLMConfig, layout: str, original: Mapping[str, Any] | None
+) -> Export:
+    config.require("decoder")
+    return Export(
+        table=llama.decoder_table(config.decoder),
+        config=original or llama.decoder_to_hf(config.decoder),
+    )
+
+
+def _export_tower(
+    config: VideoLLMConfig, layout: str, original: Mapping[str, Any] | None
+) -> Export:
+    config.require("vision")
+    # The text side of a whole SigLIP or CLIP was left out, so it is a tower from now on.
+    is_tower = original is not None and original["model_type"] in vision.DEFAULTS
+    return Export(
+        table=vision.vision_table(config.vision, vision.LAYOUTS[layout]),
+        config=original if is_tower else vision.vision_to_hf(config.vision),
+    )
+
+
+def _llava_exporter(
+    family: str,
+) -> Callable[[VideoLLMConfig, str, Mapping[str, Any] | None], Export]:
+    def export(config: VideoLLMConfig, layout: str, original: Mapping[str, Any] | None) -> Export:
+        config.require("decoder", "vision")
+        names = llava.LAYOUTS[layout]
+        return Export(
+            table=llava.llava_table(config.decoder, config.vision, config.newline, names),
+            config=original or llava.llava_to_hf(config, family),
+        )
+
+    return export
+
+
+def _decoder(name: str, title: str, *examples: str) -> Family:
+    return Family(
+        name=name,
+        title=title,
+        model_types=(name,),
+        examples=examples,
+        draft=drafting.draft_decoder,
+        export=_export_decoder,
+        layout=llama.LAYOUT,
+    )
+
+
+def _tower(name: str, title: str, *examples: str) -> Family:
+    return Family(
+        name=name,
+        title=title,
+        model_types=(f"{name}_vision_model", name),
+        examples=examples,
+        draft=drafting.draft_tower_alone,
+        export=_export_tower,
+        layout="hf-5",
+    )
+
+
+def _llava(name: str, title: str, *examples: str, model_types: tuple[str, ...] = ()) -> Family:
+    return Family(
+        name=name,
+        title=title,
+        model_types=(name, *model_types),
+        examples=examples,
+        draft=drafting.draft_llava,
+        export=_llava_exporter(name),
+        layout="hf-5",
+    )
+
+
+FAMILIES: tuple[Family, ...] = (
+    _llava(
+        "llava",
+        "LLaVA-1.5",
+        "llava-hf/llava-1.5-7b-hf",
+        "liuhaotian/llava-v1.5-7b",
+        model_types=("llava_llama",),
+    ),
+    _llava("llava_next_video", "LLaVA-NeXT-Video", "llava-hf/LLaVA-NeXT-Video-7B-hf"),
+    _llava("llava_onevision", "LLaVA-OneVision", "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
+    _decoder(
+        "llama",
+        "Llama 2, 3 and 3.1",
+        "meta-llama/Llama-2-7b-chat-hf",
+        "meta-llama/Meta-Llama-3-8B-Instruct",
+        "meta-llama/Llama-3.1-8B-Instruct",
+    ),
+    _decoder("qwen2", "Qwen2", "Qwen/Qwen2-7B-Instruct"),
+    _tower(
+        "siglip",
+        "SigLIP vision tower",
+        "google/siglip-large-patch16-384",
+        "google/siglip-so400m-patch14-384",
+    ),
+    _tower("clip", "CLIP vision tower", "openai/clip-vit-large-patch14-336"),
+)
+"""Every family that `config.json` tells apart, for `--help`, `inspect` and documentation."""
