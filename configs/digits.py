@@ -17,6 +17,8 @@ from videollm_mod_jax import experiment
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
 
+    # A model to start from; empty: random weights.
+    config.init = ""
     # 1 + 3 x 3 tokens per frame, as in the paper; 16 frames at 2 FPS are eight seconds.
     config.model = experiment.model_table("tiny", "digits-vit")
     config.model.decoder.num_layers = 4

@@ -1,6 +1,7 @@
 """The train verb: configs, a whole small run, and what a user may get wrong."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import subprocess
@@ -12,23 +13,40 @@ import numpy as np
 import pytest
 
 import videollm_mod_jax as vm
+from tests import tiny, tiny_stream
 from videollm_mod_jax import experiment
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.models import VideoLLM
+from videollm_mod_jax.models import VideoLLM, init_variables
 from videollm_mod_jax.train import train
 from videollm_mod_jax.training import optimizer, sharding
+from videollm_mod_jax.training.checkpoint import save_model
 from videollm_mod_jax.training.step import make_train_step
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 
-def config_of(path):
+def config_of(path, *arguments):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config(*arguments)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A model directory without a run, as a conversion leaves it: dense, without adapters."""
+    directory = tmp_path_factory.mktemp("converted")
+    words = tiny_stream.tokenizer()
+    vision = dataclasses.replace(tiny.VISION, image_size=24, patch_size=8, pool=(3, 3))
+    decoder = dataclasses.replace(tiny.DECODER, vocab_size=words.vocab_size + 5)
+    routing = dataclasses.replace(tiny.ROUTING, weighting="tanh1")
+    config = dataclasses.replace(tiny.CONFIG, decoder=decoder, vision=vision, routing=routing)
+    variables = init_variables(VideoLLM(config), jax.random.key(1))
+    save_model(directory, config, variables, words, "")
+    (directory / "conversion.json").write_text("{}")
+    return directory
 
 
 def small():
@@ -44,9 +62,10 @@ def small():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_traces_its_train_step(path):
+def test_every_config_traces_its_train_step(path, converted):
     assert path.read_text().split("\n")[2].strip().startswith("python -m videollm_mod_jax.")
-    run = experiment.Experiment.from_table(experiment.plain(config_of(path)))
+    arguments = [str(converted)] if path.stem == "finetune" else []
+    run = experiment.Experiment.from_table(experiment.plain(config_of(path, *arguments)))
     layout = sharding.make_layout(run.training.sharding, run.training.mesh)
     schedule = optimizer.learning_rate_schedule(run.training.optimizer, run.training.steps)
     adamw = optimizer.make_optimizer(run.training.optimizer, schedule)
@@ -96,6 +115,53 @@ def test_a_run_evaluates_before_and_after_and_leaves_all_that_readme_draws(run):
         pattern = name.replace("...", "*").replace("checkpoints/1400/", "checkpoints/*/")
         assert list(workdir.glob(pattern.rstrip("/"))), name
     assert len((workdir / "samples.jsonl").read_text().splitlines()) == 4
+
+
+def finetune(converted):
+    """configs/finetune.py with everything that takes time made small."""
+    config = config_of(ROOT / "configs" / "finetune.py", str(converted))
+    config.model.lora.rank = 4
+    config.data.update({"train": 4, "validation": 2, "test": 2, "batch_size": 4, "frames": 4})
+    config.training.update({"steps": 2, "checkpoint_every": 2, "log_every": 1})
+    config.training.update({"sharding": "replicate", "mesh": (-1, 1, 1)})
+    config.evaluation.batch_size = 2
+    return config
+
+
+def test_a_run_that_starts_from_a_model_trains_its_adapters_and_keeps_the_rest(converted, tmp_path):
+    train(finetune(converted), tmp_path / "run")
+    start, tuned = vm.load(converted), vm.load(tmp_path / "run")
+    assert tuned.config.decoder == start.config.decoder
+    assert (tmp_path / "run" / "conversion.json").exists()
+    frozen, trained = optimizer.split_variables(tuned.variables, "lora")[::-1]
+    for path, leaf in jax.tree.leaves_with_path(frozen):
+        np.testing.assert_array_equal(
+            leaf, functools.reduce(lambda n, k: n[k.key], path, start.variables)
+        )
+    # The last layer's router weights tokens that no label is read from: it has no gradient.
+    trained["params"]["decoder"].pop("layer_3")
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(trained))
+    connectors = [m.variables["params"]["connector"]["fc1"]["kernel"] for m in (start, tuned)]
+    assert np.any(np.asarray(connectors[0]) != np.asarray(connectors[1]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("init", "", "init is '' and tower is None; give one of them"),
+        ("init", "nowhere", "nowhere does not exist"),
+        ("model.decoder.num_layers", 2, "model.decoder.num_layers is 2, and the model in .* has 4"),
+        ("model.newline", True, "model.newline is True, and the model in .* has False"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused_before_anything_is_written(
+    key, value, message, converted, tmp_path
+):
+    config = finetune(converted)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_same_command_again_changes_nothing(run):

@@ -28,7 +28,7 @@ from videollm_mod_jax.data.features import FeatureMeta, FeatureWriter
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.config import VideoLLMConfig
 from videollm_mod_jax.models.vision import VisionTower, preprocess
-from videollm_mod_jax.training.checkpoint import load_model
+from videollm_mod_jax.training.checkpoint import load_tower, read_model_config
 
 BATCH_SIZE = 128
 
@@ -138,10 +138,10 @@ def main() -> None:
     data_dir = Path(flags.data_dir or Path(flags.checkpoint) / "data")
 
     def run() -> None:
-        model = load_model(flags.checkpoint)
-        model.config.require("vision")
+        tower = load_tower(flags.checkpoint)
+        config = read_model_config(Path(flags.checkpoint))
         records = _open(flags.dataset, data_dir, flags.split)
-        encode_split(model.config, model.variables["params"]["vision"], records, flags.out)
+        encode_split(config, tower, records, flags.out)
         print(f"encoded {len(records)} videos into {flags.out}")
 
     sys.exit(cli.report_user_errors(run))

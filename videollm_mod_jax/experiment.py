@@ -25,6 +25,7 @@ from videollm_mod_jax.models.building import build
 from videollm_mod_jax.models.config import VideoLLMConfig
 from videollm_mod_jax.models.plan import config_plan
 from videollm_mod_jax.models.presets import decoder_preset, vision_preset
+from videollm_mod_jax.training.checkpoint import read_model_config
 from videollm_mod_jax.training.loop import TrainingConfig
 from videollm_mod_jax.training.sharding import make_layout
 from videollm_mod_jax.training.tower import TowerConfig, check_vision
@@ -40,8 +41,8 @@ class DataConfig:
       train, validation, test: streams drawn per split.
       frames: per stream, at 2 FPS; also the frame budget of an example.
       system: the instruction that opens every conversation.
-      tokenizer: path of a Hugging Face `tokenizer.json`, or of its directory; empty trains a
-        byte-level BPE on the narrations.
+      tokenizer: path of a Hugging Face `tokenizer.json`, or of its directory; empty takes that of
+        the model in `init`, or else trains a byte-level BPE on the narrations.
       vocab_size: largest vocabulary of that BPE.
       text_tokens, labels: budget of an example; a longer conversation is an error that says so.
       disturb_probability, disturb_window: see `augment.Disturbance`.
@@ -88,23 +89,32 @@ class Experiment:
     """A whole run.
 
     Attributes:
-      model: the architecture; its vocabulary size is replaced by the tokenizer's.
+      init: directory of a converted or trained model to start from; empty starts from random
+        weights.
+      model: the architecture. Without `init`, its vocabulary size is replaced by the tokenizer's.
       data: what it learns from.
-      tower: how its vision tower is pretrained.
+      tower: how its vision tower is pretrained; None with `init`, which brings one.
       training: how it is trained.
       evaluation: how it is evaluated, before and after.
     """
 
+    init: str
     model: VideoLLMConfig
     data: DataConfig
-    tower: TowerConfig
+    tower: TowerConfig | None
     training: TrainingConfig
     evaluation: EvaluationConfig
 
     def __post_init__(self):
         # What only shows when the model is built should show before anything is written.
         config_plan(self.model)
-        check_vision(self.model.vision)
+        if bool(self.init) == (self.tower is not None):
+            raise UserError(
+                f"init is {self.init!r} and tower is {self.tower}; give one of them: a model to "
+                "start from, or how to pretrain a vision tower"
+            )
+        if not self.init:
+            check_vision(self.model.vision)
         make_layout(self.training.sharding, self.training.mesh)
         if self.training.trainable == "lora" and not self.model.lora.rank:
             raise UserError(
@@ -134,6 +144,15 @@ def model_table(decoder: str, vision: str) -> ml_collections.ConfigDict:
             "vision": dataclasses.asdict(vision_preset(vision)),
         }
     )
+
+
+def model_of(directory: str | Path) -> ml_collections.ConfigDict:
+    """The architecture of a converted or trained model, for a config that starts from it.
+
+    Raises:
+      UserError: there is no model in the directory.
+    """
+    return ml_collections.ConfigDict(read_model_config(Path(directory)).to_dict())
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -4,9 +4,10 @@ r"""Trains a streaming video LLM as a config file says.
     python -m videollm_mod_jax.train --config configs/digits.py --workdir runs/half \
         --config.model.routing.keep_ratio=0.5 --config.training.steps=300
 
-Draws the dataset, pretrains the vision tower, stores the features of all frames, evaluates, trains,
-and evaluates again. What the working directory already holds is not made again, so an interrupted
-run continues with the same command, and with the very losses that it would have had.
+Draws the dataset, pretrains the vision tower or takes a converted model's, stores the features of
+all frames, evaluates, trains, and evaluates again. What the working directory already holds is not
+made again, so an interrupted run continues with the same command, and with the very losses that it
+would have had.
 
   --config FILE        a file of configs/; any key of it can be overridden, as above
   --workdir DIR        of the run; made if missing
@@ -26,11 +27,13 @@ from videollm_mod_jax import cli
 from videollm_mod_jax.data import digits
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.encode import encode_split
+from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.evaluation.stream import evaluate_stream
 from videollm_mod_jax.experiment import Dataset, Experiment, plain
 from videollm_mod_jax.models import VideoLLM, VideoLLMConfig
 from videollm_mod_jax.training import checkpoint, loop
 from videollm_mod_jax.training.checkpoint import LoadedModel
+from videollm_mod_jax.training.initial import carry_manifest, check_start, variables_from
 from videollm_mod_jax.training.sharding import (
     Layout,
     abstract_variables,
@@ -62,16 +65,17 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Report:
     """
     table, workdir, console = plain(config), Path(workdir), Console()
     experiment = Experiment.from_table(table)
+    # Refuse what cannot be used before anything is written.
     if experiment.data.tokenizer:
-        Tokenizer.load(experiment.data.tokenizer)  # refuses a bad one before anything is written
+        Tokenizer.load(experiment.data.tokenizer)
+    if experiment.init:
+        check_start(Path(experiment.init), experiment.model)
     loop.claim_workdir(workdir, table)
 
     console.rule("Data")
     dataset = Dataset(experiment.data, workdir)
-    tokenizer = dataset.make_tokenizer()
-    decoder = dataclasses.replace(experiment.model.decoder, vocab_size=tokenizer.vocab_size)
-    model = dataclasses.replace(experiment.model, decoder=decoder)
-    tower = _tower(model, experiment.tower, workdir / TOWER, console)
+    start = _Start.prepare(experiment, dataset, workdir, console)
+    model, tokenizer, tower = start.model, start.tokenizer, start.tower
     examples = {}
     for split in dict.fromkeys(("train", experiment.evaluation.split)):
         if not dataset.features_path(split).exists():
@@ -79,11 +83,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Report:
         examples[split] = dataset.examples(split, tokenizer, model)
     if not (workdir / HELD_OUT).exists():
         digits.stream_to_video(dataset.records("test")[0], workdir / HELD_OUT)
-
-    def initial_variables(layout: Layout) -> Mapping[str, Any]:
-        key = jax.random.key(experiment.training.seed)
-        variables = init_sharded(VideoLLM(model), key, layout)
-        return variables | {"params": variables["params"] | {"vision": tower}}
 
     def evaluate(model: LoadedModel) -> Any:
         split, batch_size = experiment.evaluation.split, experiment.evaluation.batch_size
@@ -93,7 +92,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Report:
     if "before" not in report:
         console.rule("Evaluation before training")
         layout = make_layout(experiment.training.sharding, experiment.training.mesh)
-        variables = initial_variables(layout)
+        variables = start.variables(layout)
         untrained = LoadedModel(model, variables, tokenizer, experiment.data.system)
         report["before"] = dataclasses.asdict(evaluate(untrained).metrics)
         checkpoint.write_json(workdir / EVALUATION, report)
@@ -104,7 +103,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Report:
         workdir,
         run_config=table,
         model_config=model,
-        initial_variables=initial_variables,
+        initial_variables=start.variables,
         tokenizer=tokenizer,
         system=experiment.data.system,
         batches_from=lambda start: dataset.training_batches(examples["train"], start),
@@ -123,6 +122,54 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Report:
         soft_wrap=True,
     )
     return report
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What a run starts from: a model that exists, or random weights and a pretrained tower.
+
+    Attributes:
+      init: directory of the model; None for random weights.
+      model: the architecture.
+      tokenizer: of the run.
+      tower: parameters of the vision tower.
+      seed: of what is initialised.
+    """
+
+    init: Path | None
+    model: VideoLLMConfig
+    tokenizer: Tokenizer
+    tower: Mapping[str, Any]
+    seed: int
+
+    @classmethod
+    def prepare(
+        cls, experiment: Experiment, dataset: Dataset, workdir: Path, console: Console
+    ) -> "_Start":
+        seed = experiment.training.seed
+        if not experiment.init:
+            tokenizer = dataset.make_tokenizer()
+            decoder = dataclasses.replace(experiment.model.decoder, vocab_size=tokenizer.vocab_size)
+            model = dataclasses.replace(experiment.model, decoder=decoder)
+            tower = _tower(model, experiment.tower, workdir / TOWER, console)
+            return cls(None, model, tokenizer, tower, seed)
+        init, model = Path(experiment.init), experiment.model
+        tokenizer = Tokenizer.load(experiment.data.tokenizer or init)
+        if tokenizer.vocab_size > model.decoder.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, and the model in {init} has "
+                f"embeddings for {model.decoder.vocab_size}; use the tokenizer it came with"
+            )
+        carry_manifest(init, workdir)
+        return cls(init, model, tokenizer, checkpoint.load_tower(init), seed)
+
+    def variables(self, layout: Layout) -> Mapping[str, Any]:
+        """All variables before the first update."""
+        key = jax.random.key(self.seed)
+        if self.init:
+            return variables_from(self.init, self.model, key, layout)
+        variables = init_sharded(VideoLLM(self.model), key, layout)
+        return variables | {"params": variables["params"] | {"vision": self.tower}}
 
 
 def _tower(

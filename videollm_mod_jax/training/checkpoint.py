@@ -4,6 +4,8 @@
     DIR/tokenizer.json, tokenizer_config.json
     DIR/dialogue.json             the instruction that opens every conversation
     DIR/config.json               the run's configuration; a converted model has none
+    DIR/conversion.json           what a converted model was made of; a run that starts from one
+                                  has it too
     DIR/weights/                  variables that no update changes, written once
     DIR/checkpoints/<step>/       trained/ optimizer/ meta/, the newest few
 
@@ -25,7 +27,7 @@ import orbax.checkpoint as ocp
 from videollm_mod_jax.data import files
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.models import VideoLLM, VideoLLMConfig
+from videollm_mod_jax.models import VideoLLM, VideoLLMConfig, full_computation
 from videollm_mod_jax.training.optimizer import Variables, merge_variables
 from videollm_mod_jax.training.sharding import Layout, abstract_variables
 from videollm_mod_jax.training.state import TrainState
@@ -34,6 +36,7 @@ FORMAT = 1
 MODEL_FILE = "model.json"
 DIALOGUE_FILE = "dialogue.json"
 CONFIG_FILE = "config.json"
+MANIFEST_FILE = "conversion.json"
 WEIGHTS = "weights"
 CHECKPOINTS = "checkpoints"
 
@@ -111,6 +114,38 @@ def load_model(directory: str | os.PathLike[str], layout: Layout | None = None) 
     for part, tree in zip(parts, stored, strict=True):
         loaded = merge_variables(loaded, _restore(part, _like(tree, expected)))
     return LoadedModel(config, loaded, tokenizer, system)
+
+
+def load_tower(directory: str | os.PathLike[str]) -> Variables:
+    """Loads the vision tower of a model onto the first device, and nothing else of it.
+
+    Args:
+      directory: of the model.
+
+    Returns:
+      Parameters of `VisionTower(config.vision)`.
+
+    Raises:
+      UserError: there is no model, it has no tower, or it is damaged.
+    """
+    directory = Path(directory)
+    config = read_model_config(directory)
+    config.require("vision")
+    alone = dataclasses.replace(config, decoder=None, routing=full_computation(), newline=False)
+    target = abstract_variables(VideoLLM(alone), None)
+    path = directory / WEIGHTS
+    stored = {"params": {"vision": _stored_tree(path)["params"].get("vision", {})}}
+    _check_same(directory, target, [stored])
+    args = ocp.args.PyTreeRestore(
+        target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+    )
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(path.absolute(), args=args)["params"]["vision"]
+    except (ValueError, KeyError, OSError) as error:
+        raise _damaged(path, error) from error
 
 
 def write_description(
