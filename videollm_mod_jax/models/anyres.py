@@ -96,9 +96,9 @@ def canvas_indices(size: Size, settings: AnyResolution) -> np.ndarray:
     """
     rows, columns = crop_grid(size, settings)
     side = settings.side
-    indices = side**2 * (1 + np.arange(rows * columns * side**2, dtype=np.int32) // side**2)
-    indices += np.arange(rows * columns * side**2, dtype=np.int32) % side**2
-    canvas = indices.reshape(rows, columns, side, side).swapaxes(1, 2)
+    first, patches = side**2, rows * columns * side**2  # those before are of the whole image
+    canvas = np.arange(first, first + patches, dtype=np.int32)
+    canvas = canvas.reshape(rows, columns, side, side).swapaxes(1, 2)
     canvas = canvas.reshape(rows * side, columns * side)
     (height, width), (full_height, full_width) = size, canvas.shape
     # int(49 * (2 / 98)) is 0: rounding first keeps a row that is whole up to floating point.
