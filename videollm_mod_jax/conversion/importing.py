@@ -1,0 +1,282 @@
+"""Carries a conversion out: streams the variables into a model directory, a few at a time.
+
+    DST.partial/journal.json     what is saved so far, and of which conversion
+    DST.partial/weights.*        Orbax's partial checkpoint; each batch of variables adds to it
+    DST.partial/model/           becomes DST in one rename, when all is there
+
+Interrupted at any moment, the same command goes on behind the last batch that the journal knows.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint.experimental.v1 as v1
+import rich.console
+from flax.traverse_util import unflatten_dict
+from rich import progress
+
+from videollm_mod_jax.conversion import destination as output
+from videollm_mod_jax.conversion.loading import VariableReader, check_repeats, fresh_variables
+from videollm_mod_jax.conversion.manifest import (
+    TABLE_VERSION,
+    Manifest,
+    describe,
+    write_manifest,
+)
+from videollm_mod_jax.conversion.plan import Conversion
+from videollm_mod_jax.data.tokenizer import Tokenizer
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.training.checkpoint import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    WEIGHTS,
+    read_json,
+    write_description,
+    write_json,
+)
+
+BATCH_BYTES = 256 * 2**20
+"""Variables are saved in batches of at most this size, or one by one where one is larger."""
+
+_JOURNAL = "journal.json"
+_ORBAX = "weights"
+_CHUNK_BYTES = 64 * 2**20
+
+
+def import_model(
+    conversion: Conversion,
+    destination: Path,
+    *,
+    overwrite: bool,
+    console: rich.console.Console,
+) -> Manifest:
+    """Writes the model of a conversion to a directory that `load_model` reads.
+
+    Resident memory stays below that of an idle process plus the largest variable, or a batch of
+    them, and a slab of a source tensor. An interrupted call is resumed by the next one with the
+    same conversion; a failed one leaves nothing.
+
+    Args:
+      conversion: from `plan_conversion`.
+      destination: the directory to make.
+      overwrite: replace the converted model that is there, once the new one is complete.
+      console: gets the progress bar.
+
+    Returns:
+      what `conversion.json` says.
+
+    Raises:
+      UserError: the destination exists, a tensor is not finite or not what it should be, or the
+        disk is full.
+    """
+    _check_destination(destination, overwrite)
+    work = destination.with_name(destination.name + ".partial")
+    try:
+        with output.full_disk_is_a_user_error(destination.parent):
+            return _import(conversion, destination, work, console)
+    except Exception:
+        # Not an interrupt, which leaves the work to be resumed.
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _import(
+    conversion: Conversion, destination: Path, work: Path, console: rich.console.Console
+) -> Manifest:
+    tokenizer = None if conversion.tokenizer is None else Tokenizer.load(conversion.tokenizer)
+    reader = VariableReader(conversion)
+    journal = _resume(work, _fingerprint(conversion), console)
+    left = [path for path in reader.shapes if path not in journal.saved]
+    output.check_space(destination.parent, sum(_size(reader, path) for path in left))
+    check_repeats(conversion)
+    model = work / "model"
+    with output.byte_progress(console) as bar:
+        if not (model / WEIGHTS).exists():
+            _write_weights(conversion, reader, journal, bar)
+            _take_weights(work / _ORBAX, model)
+        hashes = _hashes(conversion, bar)
+    write_description(model, conversion.config, tokenizer, conversion.system)
+    dtypes = {path: leaf.dtype for path, leaf in reader.shapes.items()}
+    manifest = describe(conversion, dtypes, hashes)
+    write_manifest(model, manifest)
+    output.put_in_place(model, destination)
+    shutil.rmtree(work)
+    return manifest
+
+
+def _write_weights(
+    conversion: Conversion, reader: VariableReader, journal: "_Journal", bar: progress.Progress
+) -> None:
+    """Adds every variable that is not saved yet to the partial checkpoint, and completes it."""
+    path = journal.work / _ORBAX
+    if path.exists():
+        return
+    total = sum(_size(reader, name) for name in reader.shapes)
+    task = bar.add_task("", total=total, completed=sum(_size(reader, n) for n in journal.saved))
+    with _context():
+        for batch in _batches(conversion, reader, set(journal.saved)):
+            is_fresh = set(batch) <= set(conversion.fresh)
+            fresh = fresh_variables(conversion, reader.shapes) if is_fresh else {}
+            arrays = {}
+            for name in batch:
+                bar.update(task, description=name)
+                arrays[name] = np.asarray(fresh[name]) if fresh else reader.read(name)
+                bar.advance(task, arrays[name].nbytes)
+            v1.partial.save(path, unflatten_dict(arrays, sep="/"))
+            journal = dataclasses.replace(journal, saved=(*journal.saved, *batch))
+            journal.write()
+        bar.update(task, description="completing the checkpoint")
+        dataclasses.replace(journal, completing=True).write()
+        v1.partial.finalize(path)
+    bar.update(task, description="weights")
+
+
+def _take_weights(checkpoint: Path, model: Path) -> None:
+    """Moves the one item of a complete checkpoint to where `load_model` looks for it."""
+    model.mkdir(exist_ok=True)
+    metadata = "_CHECKPOINT_METADATA"
+    if (checkpoint / metadata).exists():
+        os.rename(checkpoint / metadata, checkpoint / "state" / metadata)
+    os.rename(checkpoint / "state", model / WEIGHTS)
+
+
+def _context() -> v1.Context:
+    context = v1.Context()
+    context.memory.deepcopy_host_arrays = False
+    # Compression needs a second copy of every array, and saves little: weights are noise.
+    context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    return context
+
+
+def _batches(
+    conversion: Conversion, reader: VariableReader, saved: set[str]
+) -> Iterator[list[str]]:
+    """Names of variables to save together: fresh ones, then in the order of the source files."""
+    position = {
+        (part.role, name): (i, part.source.files.index(part.source.info(name).file), j)
+        for i, part in enumerate(conversion.parts)
+        for j, name in enumerate(part.source.names)
+    }
+
+    def first_read(path: str) -> tuple[int, int, int]:
+        return min(position[part.role, entry.source] for part, entry in reader.origins(path))
+
+    if fresh := [path for path in conversion.fresh if path not in saved]:
+        yield fresh
+    batch: list[str] = []
+    read = [path for path in reader.shapes if reader.origins(path) and path not in saved]
+    for path in sorted(read, key=first_read):
+        if batch and sum(_size(reader, p) for p in (*batch, path)) > BATCH_BYTES:
+            yield batch
+            batch = []
+        batch.append(path)
+    if batch:
+        yield batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Journal:
+    """What is saved in a work directory.
+
+    Attributes:
+      work: the directory.
+      fingerprint: of the conversion.
+      saved: paths of the variables that the partial checkpoint holds.
+      completing: the partial checkpoint is being made a complete one, which cannot be resumed.
+    """
+
+    work: Path
+    fingerprint: str
+    saved: tuple[str, ...] = ()
+    completing: bool = False
+
+    def write(self) -> None:
+        """Records the state, and the directory entries that belong to it."""
+        values = {
+            "fingerprint": self.fingerprint,
+            "saved": self.saved,
+            "completing": self.completing,
+            "entries": sorted(p.name for p in _partial(self.work).glob("*")),
+        }
+        write_json(self.work / _JOURNAL, values)
+
+
+def _resume(work: Path, fingerprint: str, console: rich.console.Console) -> _Journal:
+    """Opens the work directory, with what an interrupted call of the same conversion left in it."""
+    if (work / _JOURNAL).exists():
+        stored = read_json(work / _JOURNAL)
+        complete = any(path.exists() for path in (work / _ORBAX, work / "model" / WEIGHTS))
+        if stored["fingerprint"] != fingerprint:
+            console.print(f"{work} is of another conversion; starting over")
+        elif stored["completing"] and not complete:
+            console.print(f"{work} was interrupted while it was being completed; starting over")
+        else:
+            _remove_unfinished(work, stored["entries"])
+            console.print(f"going on in {work}: {len(stored['saved'])} variables are there")
+            return _Journal(work, fingerprint, tuple(stored["saved"]), stored["completing"])
+        shutil.rmtree(work)
+    elif work.exists() and any(not path.name.startswith(".") for path in work.iterdir()):
+        raise UserError(f"{work} is in the way and no conversion wrote it; move it elsewhere")
+    work.mkdir(parents=True, exist_ok=True)
+    journal = _Journal(work, fingerprint)
+    journal.write()
+    return journal
+
+
+def _remove_unfinished(work: Path, entries: Sequence[str]) -> None:
+    """Removes what the journal does not know: a batch that was being saved when the end came."""
+    known = {work / name for name in (_JOURNAL, _ORBAX, _partial(work).name, "model")}
+    known |= {_partial(work) / name for name in entries}
+    for path in {*work.iterdir(), *_partial(work).glob("*")} - known:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _partial(work: Path) -> Path:
+    """Where Orbax keeps a checkpoint that is not finalised: each save adds an entry."""
+    return work / f"{_ORBAX}.partial_save"
+
+
+def _fingerprint(conversion: Conversion) -> str:
+    """Tells one conversion from another: its sources, and all that was asked for."""
+    files = [file.stat() for part in conversion.parts for file in part.source.files]
+    values = [
+        TABLE_VERSION,
+        conversion.family,
+        conversion.config.to_dict(),
+        [[part.role, part.layout, *map(str, part.source.files)] for part in conversion.parts],
+        [[stat.st_size, stat.st_mtime_ns] for stat in files],
+        conversion.fresh,
+        {path: dataclasses.astuple(merge) for path, merge in conversion.merges.items()},
+        str(conversion.tokenizer),
+        conversion.system,
+    ]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _hashes(conversion: Conversion, bar: progress.Progress) -> dict[Path, str]:
+    sources = {file: part.source for part in conversion.parts for file in part.source.files}
+    task = bar.add_task("", total=sum(file.stat().st_size for file in sources))
+    hashes = {}
+    for file, source in sources.items():
+        bar.update(task, description=f"SHA-256 of {file.name}")
+        hashes[file] = source.hash(file)
+        bar.advance(task, file.stat().st_size)
+    return hashes
+
+
+def _size(reader: VariableReader, path: str) -> int:
+    return math.prod(reader.shapes[path].shape) * reader.shapes[path].dtype.itemsize
+
+
+def _check_destination(destination: Path, overwrite: bool) -> None:
+    output.check_free(destination, overwrite, MANIFEST_FILE)
+    if (destination / CONFIG_FILE).exists():
+        raise UserError(f"{destination} holds a training run; name another directory")

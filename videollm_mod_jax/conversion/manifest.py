@@ -1,0 +1,190 @@
+"""`conversion.json`: where a converted model came from, so that anyone can check it or go back.
+
+It lists every source file with its SHA-256, and every tensor that was used with its dtype and file:
+the way back restores exactly those names and dtypes.
+"""
+
+import collections
+import dataclasses
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from videollm_mod_jax.conversion.plan import Conversion, Part
+from videollm_mod_jax.conversion.table import match
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.training.checkpoint import MANIFEST_FILE, read_json, write_json
+
+FORMAT = 1
+TABLE_VERSION = 1
+"""Counts up whenever a rule of an existing family changes."""
+
+_PACKAGES = ("jax", "flax", "orbax-checkpoint", "numpy", "ml_dtypes", "safetensors")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorRecord:
+    """A tensor of the source: its dtype by name, and the file that holds it."""
+
+    dtype: str
+    file: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartRecord:
+    """One source directory, as it was.
+
+    Attributes:
+      role, family, layout: as in `Part`.
+      directory: its path when it was converted.
+      config: its config.json, word by word.
+      files: SHA-256 in hexadecimal of each file of weights.
+      tensors: those that were used or checked, in the order of the source.
+      left_out: those that have no place in our model, with the reason.
+    """
+
+    role: str
+    family: str
+    layout: str
+    directory: str
+    config: Mapping[str, Any]
+    files: Mapping[str, str]
+    tensors: Mapping[str, TensorRecord]
+    left_out: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What `conversion.json` says.
+
+    Attributes:
+      family: as in `Conversion`.
+      dtype: of the frozen weights here.
+      parts: the sources.
+      fresh: variables that no source had and that were initialised.
+      merged: kernels into which an adapter was merged; what they were before is lost.
+      rounded: number of tensors that lost bits to `dtype`, by their own dtype.
+      versions: of the packages that converted.
+    """
+
+    family: str
+    dtype: str
+    parts: tuple[PartRecord, ...]
+    fresh: tuple[str, ...]
+    merged: tuple[str, ...]
+    rounded: Mapping[str, int]
+    versions: Mapping[str, str]
+
+    def part(self, role: str) -> PartRecord | None:
+        """The part with a role, if there is one."""
+        return next((part for part in self.parts if part.role == role), None)
+
+
+def describe(
+    conversion: Conversion,
+    dtypes: Mapping[str, np.dtype],
+    hashes: Mapping[Path, str],
+) -> Manifest:
+    """The manifest of a conversion that was carried out.
+
+    Args:
+      conversion: the plan.
+      dtypes: of every variable, by path.
+      hashes: SHA-256 of every source file.
+    """
+    rounded: collections.Counter[str] = collections.Counter()
+    for part in conversion.parts:
+        for name, entries in part.table.by_source().items():
+            dtype = part.source.info(name).dtype
+            if any(loses_bits(dtype, dtypes[entry.target]) for entry in entries):
+                rounded[dtype.name] += 1
+    return Manifest(
+        family=conversion.family,
+        dtype=conversion.config.param_dtype,
+        parts=tuple(_record(part, hashes) for part in conversion.parts),
+        fresh=conversion.fresh,
+        merged=tuple(conversion.merges),
+        rounded=dict(rounded),
+        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+    )
+
+
+def loses_bits(source: np.dtype, target: np.dtype) -> bool:
+    """Whether values of a dtype are rounded on their way to `target`, bfloat16 or float32."""
+    return ml_dtypes.finfo(source).nmant > ml_dtypes.finfo(target).nmant
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes `conversion.json`; `read_manifest` is the inverse."""
+    write_json(
+        directory / MANIFEST_FILE,
+        {"format": FORMAT, "table": TABLE_VERSION, **dataclasses.asdict(manifest)},
+    )
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """Reads `conversion.json`; None where there is none, as for a model that was trained here.
+
+    Raises:
+      UserError: it is damaged, or of another format or table version.
+    """
+    path = directory / MANIFEST_FILE
+    if not path.exists():
+        return None
+    values = read_json(path)
+    found = tuple(values.get(key) for key in ("format", "table")) if _is_table(values) else None
+    if found != (FORMAT, TABLE_VERSION):
+        raise UserError(
+            f"{path}: format and table are {found}; expected {(FORMAT, TABLE_VERSION)}; it was "
+            "written by another version: convert again"
+        )
+    try:
+        parts = tuple(
+            PartRecord(
+                **{
+                    **part,
+                    "tensors": {k: TensorRecord(**v) for k, v in part["tensors"].items()},
+                }
+            )
+            for part in values["parts"]
+        )
+        rest = {k: v for k, v in values.items() if k not in ("format", "table", "parts")}
+        lists = {k: tuple(rest.pop(k)) for k in ("fresh", "merged")}
+        return Manifest(parts=parts, **rest, **lists)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}); bring back the one that the "
+            "conversion wrote, or convert again"
+        ) from error
+
+
+def _record(part: Part, hashes: Mapping[Path, str]) -> PartRecord:
+    names = match(part.table, part.source.names, str(part.source.directory))
+    kept = {*names.used, *names.same, *names.buffers}
+    infos = {name: part.source.info(name) for name in part.source.names if name in kept}
+    return PartRecord(
+        role=part.role,
+        family=part.family,
+        layout=part.layout,
+        directory=str(part.source.directory),
+        config=part.config,
+        files={file.name: hashes[file] for file in part.source.files},
+        tensors={
+            name: TensorRecord(dtype=info.dtype.name, file=info.file.name)
+            for name, info in infos.items()
+        },
+        left_out={name: _reason(part, name) for name in names.left_out},
+    )
+
+
+def _reason(part: Part, name: str) -> str:
+    return next(why for p, why in part.table.left_out.items() if re.fullmatch(p, name))
+
+
+def _is_table(values: Any) -> bool:
+    return isinstance(values, Mapping)
