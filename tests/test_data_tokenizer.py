@@ -9,7 +9,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from videollm_mod_jax.data import dialogue
 from videollm_mod_jax.data.dialogue import Assistant, Stream, System, User
-from videollm_mod_jax.data.tokenizer import BOS, EOS, Tokenizer, train_bpe
+from videollm_mod_jax.data.tokenizer import (
+    BOS,
+    EOS,
+    Tokenizer,
+    train_bpe,
+    without_prefix_space,
+)
 from videollm_mod_jax.errors import UserError
 
 # The pre-tokenizer of Llama 3: it keeps ".\n\n" together, so the opening runs into what follows it.
@@ -51,6 +57,60 @@ def definition(pre_tokenizer=None, normalizer=None, post_processor=None):
     if post_processor:
         bpe.post_processor = post_processor
     return bpe.to_str()
+
+
+def llama2(**changes):
+    """A SentencePiece BPE as transformers writes it: spaces are letters, other bytes fall back."""
+    bpe = tokenizers.Tokenizer(models.BPE())
+    # SentencePiece learns no piece that reaches into the next word or line.
+    words = pre_tokenizers.Split("▁", "merged_with_next")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "removed"), words])
+    trainer = trainers.BpeTrainer(
+        vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    bpe.train_from_iterator([line.replace(" ", "▁") for line in CORPUS], trainer)
+    written = json.loads(bpe.to_str())
+    vocab = written["model"]["vocab"]
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    written["model"] |= {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
+    space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    steps = [space, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]
+    written["decoder"] = {"type": "Sequence", "decoders": steps}
+    return json.dumps(written | {"pre_tokenizer": None, "normalizer": None} | changes)
+
+
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}},
+        {"pre_tokenizer": METASPACE},
+    ],
+    ids=["normalizer", "pre-tokenizer"],
+)
+def test_a_tokenizer_of_llama_2_encodes_pieces_as_it_encodes_the_whole(changes):
+    tokenizer = Tokenizer(llama2(**changes), "<s>", "</s>")
+    text = "]\nAssistant: A cat."
+    ids = tokenizer.encode(text).ids
+    # Nothing is put in front: the same letters are the same tokens wherever they stand.
+    assert list(ids) == [t for part in ("]", "\n", text[2:]) for t in tokenizer.encode(part).ids]
+    assert tokenizer.decode(tokenizer.encode(" A cat.").ids) == "A cat."
+    assert tokenizer.interval_id == tokenizer.encode(",").ids[0]
+
+
+def test_the_prefix_space_is_taken_out_of_a_definition_as_drawn():
+    sequence = {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}
+    assert without_prefix_space({"normalizer": sequence, "model": {"merges": [PREPEND]}}) == {
+        "normalizer": {"type": "Sequence", "normalizers": [REPLACE]},
+        "model": {"merges": [PREPEND]},
+    }
+    found = without_prefix_space({"pre_tokenizer": METASPACE})
+    assert found == {"pre_tokenizer": METASPACE | {"prepend_scheme": "never"}}
 
 
 def llama3():

@@ -5,7 +5,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -58,7 +58,8 @@ class Tokenizer:
         self._definition = definition
         self.bos, self.eos = bos, eos
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(definition)
+            adapted = json.dumps(without_prefix_space(json.loads(definition)))
+            self._tokenizer = tokenizers.Tokenizer.from_str(adapted)
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{source}: not a Hugging Face tokenizer.json: {error}") from error
         placeholder = tokenizers.AddedToken(dialogue.PLACEHOLDER, special=True, normalized=False)
@@ -154,6 +155,39 @@ class Tokenizer:
                     "a dialogue, so a live session would not match training; use another tokenizer"
                 )
             at += len(ids)
+
+
+def without_prefix_space(definition: Any) -> Any:
+    """A `tokenizer.json` that puts no space in front of a text that has none.
+
+    The tokenizers of Llama 2 and its kin begin every text as if it were a new word, which is right
+    for a whole text and wrong for a piece of one.
+
+    ```
+    {"normalizer": {"type": "Sequence", "normalizers":       {"normalizer": {"type": "Sequence",
+        [{"type": "Prepend", "prepend": "▁"},            ->      "normalizers": [{"type": "Replace",
+         {"type": "Replace", ...}]}}                              ...}]}}
+    {"pre_tokenizer": {"type": "Metaspace",              ->  {"pre_tokenizer": {"type": "Metaspace",
+        "prepend_scheme": "first"}}                              "prepend_scheme": "never"}}
+    ```
+    """
+    if isinstance(definition, list):
+        return [
+            without_prefix_space(item)
+            for item in definition
+            if not (isinstance(item, dict) and item.get("type") == "Prepend")
+        ]
+    if not isinstance(definition, dict):
+        return definition
+    if definition.get("type") == "Metaspace" and "prepend_scheme" in definition:
+        return definition | {"prepend_scheme": "never"}
+    if definition.get("type") == "ByteLevel" and "add_prefix_space" in definition:
+        return definition | {"add_prefix_space": False}
+    return {
+        # The vocabulary and the merges are large, and hold no such thing.
+        key: value if key == "model" else without_prefix_space(value)
+        for key, value in definition.items()
+    }
 
 
 def _probe_pieces(bos: str, eos: str) -> list[tuple[str, bool]]:
