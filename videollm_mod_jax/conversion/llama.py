@@ -18,6 +18,7 @@ from videollm_mod_jax.conversion.hf_config import (
     refusal,
     refuse_keys,
     require_one_of,
+    table,
     with_defaults,
 )
 from videollm_mod_jax.conversion.table import Rule, Table
@@ -35,6 +36,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "rope_theta": 10_000.0,
+        "partial_rotary_factor": 1.0,
         "tie_word_embeddings": False,
         "attention_bias": False,
         "mlp_bias": False,
@@ -49,6 +51,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "rope_theta": 10_000.0,
+        "partial_rotary_factor": 1.0,
         "tie_word_embeddings": False,
         "use_sliding_window": False,
         "sliding_window": 4096,
@@ -95,6 +98,7 @@ def decoder_from_hf(hf: Mapping[str, Any], where: str) -> DecoderConfig:
     values = with_defaults(DEFAULTS[model_type], hf)
     refuse_keys(values, _UNSUPPORTED, where)
     require_one_of(values, "hidden_act", ("silu",), where)
+    require_one_of(values, "partial_rotary_factor", (1.0,), where)
     if model_type == "llama":
         require_one_of(values, "attention_bias", (False,), where)
         require_one_of(values, "mlp_bias", (False,), where)
@@ -224,27 +228,26 @@ def _refuse_sliding_window(values: Mapping[str, Any], where: str) -> None:
 def _rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Base and rescaling of the rotary frequencies, in the spelling of transformers 4 or 5."""
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    rope = values.get(key) or {}
-    where_rope = f"{where}: {key}"
-    for name in rope:
-        if name not in _ROPE_KEYS:
-            raise refusal(where_rope, name, rope[name], f"one of the keys {', '.join(_ROPE_KEYS)}")
+    rope, where = table({key: {}, **values}, key, where), f"{where}: {key}"
     rope = with_defaults(
         {
             "rope_theta": values["rope_theta"],
             "rope_type": rope.get("type") or "default",
-            "partial_rotary_factor": values.get("partial_rotary_factor", 1.0),
+            "partial_rotary_factor": 1.0,
         },
         rope,
     )
-    require_one_of(rope, "partial_rotary_factor", (1.0,), where_rope)
-    theta = number(rope, "rope_theta", where_rope)
-    kind = require_one_of(rope, "rope_type", ("default", "llama3"), where_rope)
+    kind = require_one_of(rope, "rope_type", ("default", "llama3"), where)
+    require_one_of(rope, "partial_rotary_factor", (1.0,), where)
+    for name in rope:
+        if name not in _ROPE_KEYS:
+            raise refusal(where, name, rope[name], f"one of the keys {', '.join(_ROPE_KEYS)}")
+    theta = number(rope, "rope_theta", where)
     if kind == "default":
         return theta, None
     return theta, RopeScaling(
-        factor=number(rope, "factor", where_rope),
-        low_freq_factor=number(rope, "low_freq_factor", where_rope),
-        high_freq_factor=number(rope, "high_freq_factor", where_rope),
-        original_max_positions=integer(rope, "original_max_position_embeddings", where_rope),
+        factor=number(rope, "factor", where),
+        low_freq_factor=number(rope, "low_freq_factor", where),
+        high_freq_factor=number(rope, "high_freq_factor", where),
+        original_max_positions=integer(rope, "original_max_position_embeddings", where),
     )
