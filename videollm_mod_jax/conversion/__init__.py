@@ -1,0 +1,1 @@
+"""Conversion: checkpoints of Hugging Face and PyTorch into ours, and back."""
