@@ -42,7 +42,7 @@ def test_a_converted_model_loads_with_every_value_in_its_place(tmp_path):
 
 def test_large_tensors_are_read_in_slabs(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "SLAB_BYTES", 100)
-    monkeypatch.setattr(loading, "_CACHED_BYTES", 40)
+    monkeypatch.setattr(loading, "CACHED_BYTES", 40)
     monkeypatch.setattr(importing, "BATCH_BYTES", 3000)
     conversion, expected = make_conversion(tmp_path / "source")
     run(conversion, tmp_path / "model")
@@ -50,5 +50,5 @@ def test_large_tensors_are_read_in_slabs(tmp_path, monkeypatch):
 
 
 def test_slabs_are_as_drawn():
-    slabs = list(loading._slabs((10, 4), 0, 2, 24))
+    slabs = list(loading.slabs((10, 4), 0, 2, 24))
     assert [(s.start, s.stop) for s in slabs] == [(0, 3), (3, 6), (6, 9), (9, 10)]

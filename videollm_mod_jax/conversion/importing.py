@@ -115,7 +115,8 @@ def _write_weights(
     conversion: Conversion, reader: VariableReader, journal: "_Journal", bar: progress.Progress
 ) -> None:
     """Adds every variable that is not saved yet to the partial checkpoint, and completes it."""
-    path = journal.work / _ORBAX
+    # Orbax takes absolute paths only.
+    path = (journal.work / _ORBAX).absolute()
     if path.exists():
         return
     total = sum(_size(reader, name) for name in reader.shapes)
@@ -251,7 +252,10 @@ def _fingerprint(conversion: Conversion) -> str:
         TABLE_VERSION,
         conversion.family,
         conversion.config.to_dict(),
-        [[part.role, part.layout, *map(str, part.source.files)] for part in conversion.parts],
+        [
+            [part.role, part.layout, *(str(file.absolute()) for file in part.source.files)]
+            for part in conversion.parts
+        ],
         [[stat.st_size, stat.st_mtime_ns] for stat in files],
         conversion.fresh,
         {path: dataclasses.astuple(merge) for path, merge in conversion.merges.items()},

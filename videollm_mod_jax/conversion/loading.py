@@ -27,8 +27,8 @@ from videollm_mod_jax.training.sharding import Layout, abstract_variables
 SLAB_BYTES = 64 * 2**20
 """About how much of a source tensor is in memory at a time."""
 
-# A transposing copy of so many bytes stays in the cache, and runs three times as fast for it.
-_CACHED_BYTES = 2 * 2**20
+CACHED_BYTES = 2 * 2**20
+"""A transposing copy of so many bytes stays in the cache, and runs three times as fast for it."""
 
 _SEED = 0
 
@@ -113,7 +113,7 @@ class VariableReader:
         # The axis along which consecutive slices lie one behind the other in the source.
         axis = 0 if entry.axes is None else entry.axes.index(0)
         itemsize = part.source.info(entry.source).dtype.itemsize
-        for rows in _slabs(block.shape, axis, itemsize, SLAB_BYTES):
+        for rows in slabs(block.shape, axis, itemsize, SLAB_BYTES):
             start = index[axis].start if index else 0
             moved = slice(start + rows.start, start + rows.stop)
             wanted = (*index[:axis], moved, *index[axis + 1 :]) if index else ()
@@ -162,7 +162,7 @@ def check_repeats(conversion: Conversion) -> None:
 def _check_same(source: Source, name: str, other: str) -> None:
     info, info_of_other = source.info(name), source.info(other)
     same = info.shape == info_of_other.shape and info.dtype == info_of_other.dtype
-    for rows in _slabs(info.shape, 0, info.dtype.itemsize, SLAB_BYTES) if same else ():
+    for rows in slabs(info.shape, 0, info.dtype.itemsize, SLAB_BYTES) if same else ():
         index = (rows, *[slice(None)] * (len(info.shape) - 1))
         one, two = source.read_slice(name, index), source.read_slice(other, index)
         same = same and one.tobytes() == two.tobytes()
@@ -214,11 +214,11 @@ def _copy(block: np.ndarray, slab: np.ndarray, axis: int, rows: slice) -> None:
         return
     target = np.moveaxis(block, axis, 0)[rows]
     slab = np.moveaxis(slab, axis, 0)
-    for part in _slabs(slab.shape, 0, slab.itemsize, _CACHED_BYTES):
+    for part in slabs(slab.shape, 0, slab.itemsize, CACHED_BYTES):
         target[part] = slab[part]
 
 
-def _slabs(shape: Sequence[int], axis: int, itemsize: int, size: int) -> Iterator[slice]:
+def slabs(shape: Sequence[int], axis: int, itemsize: int, size: int) -> Iterator[slice]:
     """Cuts an axis into slices of about `size` bytes; a scalar is one.
 
     ```

@@ -171,7 +171,7 @@ def _record(part: Part, hashes: Mapping[Path, str]) -> PartRecord:
         role=part.role,
         family=part.family,
         layout=part.layout,
-        directory=str(part.source.directory),
+        directory=str(part.source.directory.absolute()),
         config=part.config,
         files={file.name: hashes[file] for file in part.source.files},
         tensors={

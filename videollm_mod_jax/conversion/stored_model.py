@@ -1,0 +1,94 @@
+"""The variables of a model directory, read one by one: of models larger than memory."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models import VideoLLM
+from videollm_mod_jax.training.checkpoint import (
+    CHECKPOINTS,
+    WEIGHTS,
+    Checkpointer,
+    read_model_config,
+)
+from videollm_mod_jax.training.sharding import abstract_variables
+
+
+class StoredModel:
+    """A converted model, or a training run with the variables of its newest checkpoint.
+
+    Attributes:
+      directory: of the model.
+      config: what `model.json` says.
+      shapes: by path, shape and dtype of every variable.
+    """
+
+    def __init__(self, directory: Path):
+        """Opens a model; nothing but metadata is read.
+
+        Raises:
+          UserError: there is none, or its weights are not those that `model.json` describes.
+        """
+        self.directory = directory
+        self.config = read_model_config(directory)
+        self.shapes = flatten_dict(abstract_variables(VideoLLM(self.config), None), sep="/")
+        self._places: dict[str, Path] = {}
+        for part in _stored_parts(directory):
+            for path, shape in _stored_shapes(part).items():
+                if path in self.shapes and shape == self.shapes[path].shape:
+                    self._places[path] = part
+        absent = [path for path in self.shapes if path not in self._places]
+        if absent:
+            raise UserError(
+                f"{directory} holds no {absent[0]} {list(self.shapes[absent[0]].shape)}, which its "
+                "model.json describes; the model is damaged: convert or train it again"
+            )
+
+    def read(self, path: str) -> np.ndarray:
+        """A variable, in memory of its own, in the dtype that `shapes` gives.
+
+        Raises:
+          UserError: the files that hold it are damaged.
+        """
+        leaf = self.shapes[path]
+        wanted = unflatten_dict({path: leaf}, sep="/")
+        how = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+        args = ocp.args.PyTreeRestore(
+            wanted, restore_args=jax.tree.map(lambda _: how, wanted), partial_restore=True
+        )
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                restored = checkpointer.restore(self._places[path].absolute(), args=args)
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(
+                f"{self._places[path]} cannot be read and is probably damaged "
+                f"({type(error).__name__}); restore it from a copy, or convert or train again"
+            ) from error
+        return flatten_dict(restored, sep="/")[path]
+
+
+def _stored_parts(directory: Path) -> list[Path]:
+    parts = [directory / WEIGHTS]
+    if (directory / CHECKPOINTS).exists():
+        with Checkpointer(directory, keep=None) as checkpointer:
+            if (step := checkpointer.latest_step()) is not None:
+                parts.append(directory / CHECKPOINTS / str(step) / "trained")
+    return parts
+
+
+def _stored_shapes(part: Path) -> dict[str, tuple[int, ...]]:
+    if not part.is_dir():
+        raise UserError(f"{part} is missing; the model is incomplete: convert or train it again")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(part.absolute()).item_metadata.tree
+    except (AttributeError, ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"{part} cannot be read and is probably damaged ({type(error).__name__}); restore it "
+            "from a copy, or convert or train again"
+        ) from error
+    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
