@@ -192,7 +192,7 @@ def _config(draft: Draft, options: Options) -> VideoLLMConfig:
     if dtype == "auto":
         # The language model decides: towers are often stored more finely than they are used.
         source = draft.parts[0].source
-        kinds = {source.info(entry.source).dtype for entry in draft.parts[0].table.entries()}
+        kinds = {source.info(name).dtype for name in source.names}
         halves = {np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)}
         dtype = "bfloat16" if kinds & halves else "float32"
     return VideoLLMConfig(
