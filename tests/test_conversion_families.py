@@ -244,6 +244,11 @@ def test_text_towers_are_left_out_and_nothing_else_is(siglip):
     conversion = plan_conversion(siglip, Options())
     assert conversion.config == CONFIGS["siglip"]
     assert conversion.layout == "hf"
+    (part,) = conversion.parts
+    # The text side is gone, so the way back is a tower.
+    back = export_plan(conversion.config, part.family, part.layout, part.config)
+    assert back.config == export_plan(CONFIGS["siglip"], "siglip").config
+    assert all(e.source.startswith("vision_model.") for e in back.table.entries())
     change_tensors(siglip, lambda tensors: {**tensors, "adapter.x": np.ones(1, np.float32)})
     with pytest.raises(UserError, match=r"'adapter.x', which no rule"):
         plan_conversion(siglip, Options())

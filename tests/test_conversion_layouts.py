@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from videollm_mod_jax.conversion import llava
+from videollm_mod_jax.conversion import llama, llava, vision
 from videollm_mod_jax.conversion.families import export_plan, plan_conversion
 from videollm_mod_jax.conversion.plan import Options
 
@@ -128,6 +128,23 @@ def test_what_transformers_saves_is_read(saved, name):
     whole = name.startswith("whole") or name == "clip with projection"
     tower = part.family in ("siglip", "clip")
     assert part.layout == ("hf-5" if name in LLAVAS or (tower and not whole) else "hf")
+
+
+@pytest.mark.parametrize("model_type", [*llama.DEFAULTS, *vision.DEFAULTS, *llava.DEFAULTS])
+def test_absent_keys_have_the_values_that_transformers_gives_them(model_type):
+    theirs = transformers.AutoConfig.for_model(model_type)
+    defaults = {**llama.DEFAULTS, **vision.DEFAULTS, **llava.DEFAULTS}[model_type]
+    ours = {k: v for k, v in defaults.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    if "use_sliding_window" in ours:
+        # Read as null there because it is not in use.
+        assert ours.pop("sliding_window") == 4096
+    assert ours == {key: getattr(theirs, key) for key in ours}
+    if model_type in llama.DEFAULTS:
+        rope = {"rope_type": "default", "rope_theta": defaults["rope_theta"]}
+        assert theirs.rope_parameters == rope
+    if model_type in llava.DEFAULTS:
+        types = (theirs.text_config.model_type, theirs.vision_config.model_type)
+        assert types == (llava.TEXT_TYPE[model_type], llava.VISION_TYPE[model_type])
 
 
 @pytest.mark.parametrize("layout", llava.HF_LAYOUTS)

@@ -116,8 +116,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """By model type: what transformers takes for keys that a config.json does not state."""
 
-_TEXT_TYPE = {"llava": "llama", "llava_next_video": "llama", "llava_onevision": "qwen2"}
-_VISION_TYPE = {
+# Of sub-configs that do not state their model type.
+TEXT_TYPE = {"llava": "llama", "llava_next_video": "llama", "llava_onevision": "qwen2"}
+VISION_TYPE = {
     "llava": "clip_vision_model",
     "llava_next_video": "clip_vision_model",
     "llava_onevision": "siglip_vision_model",
@@ -146,11 +147,11 @@ def llava_from_hf(
     refuse_keys(values, {"quantization_config": "take the model that is not quantised"}, where)
     require_one_of(values, "projector_hidden_act", ("gelu",), where)
     require_one_of(values, "multimodal_projector_bias", (True,), where)
-    text = with_defaults({"model_type": _TEXT_TYPE[family]}, table(values, "text_config", where))
+    text = with_defaults({"model_type": TEXT_TYPE[family]}, table(values, "text_config", where))
     if values["tie_word_embeddings"]:
         text["tie_word_embeddings"] = True
     vision_hf = with_defaults(
-        {"model_type": _VISION_TYPE[family]}, table(values, "vision_config", where)
+        {"model_type": VISION_TYPE[family]}, table(values, "vision_config", where)
     )
     vision = vision_from_hf(vision_hf, processor, f"{where}: vision_config")
     vision = _features(
