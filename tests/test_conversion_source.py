@@ -141,7 +141,17 @@ def test_elements_are_where_the_drawing_says(tmp_path):
     np.testing.assert_array_equal(info.read(np.s_[1:, 1:]), matrix[1:, 1:])
     assert contiguous_strides((2, 3, 4), 2) == (24, 8, 2)
     assert extent((2, 3), (2, 4), 2) == 12 == info.nbytes
-    assert extent((2, 0), (2, 4), 2) == 0
+    assert extent((3, 0), (2, 4), 2) == 0
+
+
+def test_a_tensor_without_elements_takes_no_bytes(tmp_path):
+    entries, data = header_of({"w": draw((3,), np.uint8)})
+    entries["empty"] = {"dtype": "F32", "shape": [0, 5], "data_offsets": [0, 0]}
+    write_raw(tmp_path / "model.safetensors", entries, data)
+    source = open_source(tmp_path)
+    source.files[0].unlink()
+    assert source.names == ("empty", "w")
+    assert source.read("empty").shape == (0, 5)
 
 
 PEAK = """

@@ -29,7 +29,6 @@ _DAMAGED = "the file is damaged: download it again"
 
 # Torch before 1.6 began its files with this pickled number.
 _OLD_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
-_ENCRYPTED = 1
 # Of a member: the lengths of its name and of its padding.
 _LOCAL_HEADER = struct.Struct("<26xHH")
 
@@ -100,7 +99,7 @@ def _members(file: Path) -> dict[str, range]:
             name = entry.filename.removeprefix(root)
             if name in members:
                 raise UserError(f"{file}: {entry.filename!r} is in it twice; {_DAMAGED}")
-            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & _ENCRYPTED:
+            if entry.compress_type != zipfile.ZIP_STORED:
                 raise UserError(f"{file}: {entry.filename!r} in it is compressed; {_RESAVE}")
             members[name] = _place(file, opened, entry)
     return members
