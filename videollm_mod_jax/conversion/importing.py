@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,21 +121,21 @@ def _write_weights(
         return
     total = sum(_size(reader, name) for name in reader.shapes)
     task = bar.add_task("", total=total, completed=sum(_size(reader, n) for n in journal.saved))
-    with _context():
-        for batch in _batches(conversion, reader, set(journal.saved)):
-            is_fresh = set(batch) <= set(conversion.fresh)
-            fresh = fresh_variables(conversion, reader.shapes) if is_fresh else {}
-            arrays = {}
-            for name in batch:
-                bar.update(task, description=name)
-                arrays[name] = np.asarray(fresh[name]) if fresh else reader.read(name)
-                bar.advance(task, arrays[name].nbytes)
+    for batch in _batches(conversion, reader, set(journal.saved)):
+        is_fresh = set(batch) <= set(conversion.fresh)
+        fresh = fresh_variables(conversion, reader.shapes) if is_fresh else {}
+        arrays = {}
+        for name in batch:
+            bar.update(task, description=name)
+            arrays[name] = np.asarray(fresh[name]) if fresh else reader.read(name)
+            bar.advance(task, arrays[name].nbytes)
+        with _context(arrays.values()):
             v1.partial.save(path, unflatten_dict(arrays, sep="/"))
-            journal = dataclasses.replace(journal, saved=(*journal.saved, *batch))
-            journal.write()
-        bar.update(task, description="completing the checkpoint")
-        dataclasses.replace(journal, completing=True).write()
-        v1.partial.finalize(path)
+        journal = dataclasses.replace(journal, saved=(*journal.saved, *batch))
+        journal.write()
+    bar.update(task, description="completing the checkpoint")
+    dataclasses.replace(journal, completing=True).write()
+    v1.partial.finalize(path)
     bar.update(task, description="weights")
 
 
@@ -148,12 +148,16 @@ def _take_weights(checkpoint: Path, model: Path) -> None:
     os.rename(checkpoint / "state", model / WEIGHTS)
 
 
-def _context() -> v1.Context:
+def _context(arrays: Iterable[np.ndarray]) -> v1.Context:
+    """How Orbax saves some arrays: without a second copy of any large one."""
     context = v1.Context()
     context.memory.deepcopy_host_arrays = False
-    # Compression needs a second copy of every array, and saves little: weights are noise.
+    # Compression copies every array, and saves little: weights are noise.
     context.array.saving.use_compression = False
-    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    # Chunks, of which a device reads those it needs, divide the longest axis. They are written from
+    # where they are if that is the first one, and copied, all of them at once, if it is another.
+    if not any(a.nbytes > BATCH_BYTES and len(a) < max(a.shape) for a in arrays):
+        context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     return context
 
 
