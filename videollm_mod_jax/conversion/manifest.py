@@ -24,7 +24,7 @@ FORMAT = 1
 TABLE_VERSION = 1
 """Counts up whenever a rule of an existing family changes."""
 
-_PACKAGES = ("jax", "flax", "orbax-checkpoint", "numpy", "ml_dtypes", "safetensors")
+_PACKAGES = ("jax", "flax", "orbax-checkpoint", "numpy", "ml_dtypes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
