@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from videollm_mod_jax.conversion import drafting, llama, llava, vision
+from videollm_mod_jax.conversion import adapter, drafting, live, llama, llava, vision
 from videollm_mod_jax.conversion.plan import Conversion, Draft, Options, complete
 from videollm_mod_jax.conversion.source import Source, open_source
 from videollm_mod_jax.conversion.table import Table
@@ -27,23 +27,32 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    """A kind of checkpoint.
+class Listed:
+    """A kind of checkpoint, for `--help`, `inspect` and documentation.
 
     Attributes:
       name: as messages and `Part.family` say it.
       title: for people.
-      model_types: in `config.json`.
       examples: names on the Hub.
+    """
+
+    name: str
+    title: str
+    examples: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family(Listed):
+    """A kind of checkpoint that is no adapter.
+
+    Attributes:
+      model_types: in `config.json`.
       draft: from (config.json, tensors, options) to what becomes of them.
       export: from (model, layout, the config.json it came with or None) to one directory.
       layout: of the names in a directory made from a model that came from none.
     """
 
-    name: str
-    title: str
     model_types: tuple[str, ...]
-    examples: tuple[str, ...]
     draft: Callable[[Mapping[str, Any], Source, Options], Draft]
     export: Callable[[VideoLLMConfig, str, Mapping[str, Any] | None], Export]
     layout: str
@@ -60,6 +69,8 @@ def plan_conversion(directory: Path, options: Options) -> Conversion:
       UserError: an unknown family, a variant that our model does not compute, weights that do not
         fit their config.json, or options that do not fit the family.
     """
+    if adapter.is_adapter(directory):
+        return complete(adapter.draft_adapter(directory, options, draft_model), options)
     for flag, value in (("--base", options.base), ("--merge", options.merge)):
         if value:
             raise UserError(f"{flag} is for adapters; {directory} holds no adapter_config.json")
@@ -216,4 +227,14 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _tower("clip", "CLIP vision tower", "openai/clip-vit-large-patch14-336"),
 )
-"""Every family that `config.json` tells apart, for `--help`, `inspect` and documentation."""
+"""Every family that `config.json` tells apart."""
+
+ADAPTERS: tuple[Listed, ...] = (
+    Listed(
+        name=live.FAMILY,
+        title="VideoLLM-online and VideoLLM-MoD, over Llama 3 and SigLIP",
+        examples=("chenjoya/videollm-online-8b-v1plus",),
+    ),
+    Listed(name=adapter.FAMILY, title="PEFT LoRA adapters of any of these", examples=()),
+)
+"""Every kind of adapter; `adapter_config.json` tells that it is one, its tensors which."""
