@@ -16,9 +16,9 @@ from tests.hub_configs import (
     QWEN2_7B,
     SIGLIP_L16_384,
 )
-from videollm_mod_jax.conversion.llama import decoder_from_hf, decoder_to_hf
+from videollm_mod_jax.conversion.llama import decoder_from_hf, decoder_table, decoder_to_hf
 from videollm_mod_jax.conversion.llava import llava_from_hf, llava_to_hf, original_from_hf
-from videollm_mod_jax.conversion.vision import vision_from_hf, vision_to_hf
+from videollm_mod_jax.conversion.vision import vision_from_hf, vision_table, vision_to_hf
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import NO_LORA, VideoLLMConfig, full_computation
 from videollm_mod_jax.models.config import RopeScaling
@@ -182,6 +182,7 @@ def test_towers_that_compute_something_else_are_refused(change, words):
         (LLAVA_15_7B, {"unused_blocks": 1, "pool": (24, 24)}, 576),
         ({**LLAVA_15_7B, "vision_feature_layer": 23}, {"unused_blocks": 1, "pool": (24, 24)}, 576),
         ({**LLAVA_15_7B, "vision_feature_layer": -1}, {"pool": (24, 24)}, 576),
+        ({**LLAVA_15_7B, "vision_feature_layer": 24}, {"pool": (24, 24)}, 576),
         (
             {**LLAVA_15_7B, "vision_feature_select_strategy": "full"},
             {"unused_blocks": 1, "pool": (24, 24), "summary": "class_token"},
@@ -235,6 +236,7 @@ def test_embeddings_are_tied_if_either_config_says_so(tied):
             {"vision_feature_layer": 0},
             "vision_feature_layer is 0; expected the output of one of 24",
         ),
+        ({"vision_feature_layer": -25}, "vision_feature_layer is -25; expected the output of one"),
         ({"vision_feature_layer": -26}, "vision_feature_layer is -26"),
         ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy is 'cls'"),
         ({"quantization_config": {}}, "quantization_config is set"),
@@ -323,3 +325,25 @@ def test_what_a_family_cannot_say_is_not_exported_as_it(family, hf, newline, cha
     config = whole(decoder, dataclasses.replace(tower, **change), newline)
     with pytest.raises(UserError, match=f"^{words}.*which the config.json of a {family} cannot"):
         llava_to_hf(config, family)
+
+
+def test_decoder_tensors_go_where_they_are_drawn():
+    table = decoder_table(decoder_preset("llama3-8b"))
+    (entry,) = table.by_source()["model.layers.1.self_attn.q_proj.weight"]
+    assert (entry.target, entry.axes) == (
+        "params/decoder/layer_1/block/attention/q/kernel",
+        (1, 0),
+    )
+
+
+def test_blocks_that_never_run_lie_where_they_are_drawn():
+    tower = dataclasses.replace(vision_preset("clip-l14-336"), unused_blocks=1)
+    entries = vision_table(tower, "").entries()
+    places = {e.source: (e.target, e.row) for e in entries if e.source.endswith("mlp.fc1.bias")}
+    assert places == {
+        **{
+            f"encoder.layers.{i}.mlp.fc1.bias": ("params/vision/blocks/mlp/fc1/bias", i)
+            for i in range(23)
+        },
+        "encoder.layers.23.mlp.fc1.bias": ("params/vision/unused_blocks/mlp/fc1/bias", 0),
+    }

@@ -161,9 +161,8 @@ def decoder_table(config: DecoderConfig, prefix: str = "model.", head: str = "lm
     """Where a decoder's tensors go.
 
     ```
-    model.layers.1.self_attn.q_proj.weight  [H E, D] -> params/decoder/layer_1/block/attention/q/
-                                                        kernel [D, H E]
-    lm_head.weight                          [V, D]   -> params/lm_head/kernel [D, V]
+    model.layers.1.self_attn.q_proj.weight   [H E, D]
+    params/decoder/layer_1/block/attention/q/kernel   [D, H E]   axes (1, 0)
     ```
 
     Args:
