@@ -344,22 +344,24 @@ def test_members_are_stored_whole_and_once(file):
     write(file, program, [bytes(400)], compression=zipfile.ZIP_DEFLATED)
     assert "'archive/data.pkl' in it is compressed; if you trust" in message(file)
     write(file, program)
-    assert "the storage data/0 is absent; the file is damaged" in message(file)
+    assert "the storage 'data/0' is absent; the file is damaged" in message(file)
     write(file, program, [bytes(3)])
-    assert "1 bytes of the storage data/0 are missing; the file is damaged" in message(file)
+    assert "1 bytes of the storage 'data/0' are missing; the file is damaged" in message(file)
     write(file, program, [bytes(4)])
     with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("archive/data/0", bytes(4))
     assert "'archive/data/0' is in it twice; the file is damaged" in message(file)
 
 
-def test_a_member_that_reaches_beyond_the_file_is_not_read(file):
+# Places in the last entry of the directory and in the record behind it.
+@pytest.mark.parametrize("field", [24, 42, -6], ids=["size", "offset", "base"])
+def test_a_member_outside_the_file_is_not_read(file, field):
     write(file, table([("w", TENSOR)]), [bytes(4)])
     content = bytearray(file.read_bytes())
-    directory = content.rindex(b"PK\1\2")
-    content[directory + 20 : directory + 28] = struct.pack("<II", 4000, 4000)
+    entry = content.rindex(b"PK\1\2")
+    struct.pack_into("<I", content, field if field < 0 else entry + field, 4000)
     file.write_bytes(content)
-    assert "'archive/data/0' in it is not where it should be; the file is damaged" in message(file)
+    assert "in it is not where it should be; the file is damaged" in message(file)
 
 
 def test_numbers_of_a_big_endian_machine_are_refused(file):

@@ -6,6 +6,7 @@ looked up in a table of the caller, never imported, and all else is refused by i
 """
 
 import pickletools
+import reprlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -105,7 +106,7 @@ def interpret(
             case "BINPERSID":
                 stack.append(load_persistent(stack.pop()))
             case other:
-                asked = "" if argument is None else f" {argument!r}"
+                asked = "" if argument is None else f" {reprlib.repr(argument)}"
                 raise RefusedError(f"uses the instruction {other}{asked}")
     return stack.pop()
 

@@ -107,11 +107,13 @@ def _members(file: Path) -> dict[str, range]:
 
 def _place(file: Path, opened: BinaryIO, entry: zipfile.ZipInfo) -> range:
     """The bytes of a member; its name and padding there may be longer than the directory says."""
-    opened.seek(entry.header_offset)
-    header = opened.read(_LOCAL_HEADER.size)
+    size, header = file.stat().st_size, b""
+    if 0 <= entry.header_offset < size:
+        opened.seek(entry.header_offset)
+        header = opened.read(_LOCAL_HEADER.size)
     if header.startswith(b"PK\3\4") and len(header) == _LOCAL_HEADER.size:
         start = entry.header_offset + len(header) + sum(_LOCAL_HEADER.unpack(header))
-        if start + entry.file_size <= file.stat().st_size:
+        if start + entry.file_size <= size:
             return range(start, start + entry.file_size)
     raise UserError(f"{file}: {entry.filename!r} in it is not where it should be; {_DAMAGED}")
 
@@ -139,14 +141,13 @@ def _storage(file: Path, members: Mapping[str, range], persistent_id: Any) -> _S
             pass
         case _:
             raise ValueError(f"{reprlib.repr(persistent_id)} is no storage")
-    place = members.get(f"data/{key}")
+    name = f"data/{key}"
+    place = members.get(name)
     if place is None:
-        raise UserError(f"{file}: the storage data/{key} is absent; {_DAMAGED}")
+        raise UserError(f"{file}: the storage {name!r} is absent; {_DAMAGED}")
     if count * dtype.itemsize > len(place):
         missing = count * dtype.itemsize - len(place)
-        raise UserError(
-            f"{file}: {missing} bytes of the storage data/{key} are missing; {_DAMAGED}"
-        )
+        raise UserError(f"{file}: {missing} bytes of the storage {name!r} are missing; {_DAMAGED}")
     return _Storage(file, place.start, count, dtype)
 
 
