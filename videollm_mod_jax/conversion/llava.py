@@ -222,7 +222,7 @@ def llava_to_hf(config: VideoLLMConfig, family: str) -> dict[str, Any]:
     config.require("decoder", "vision")
     vision, side = config.vision, config.vision.patches_per_side
     half = -(-side // 2)
-    stride = side // max(vision.pool[0], 1)
+    stride = max(side // max(vision.pool[0], 1), 1)
     pools = {
         "llava": ((side, side), vision.pooling),
         "llava_next_video": ((side // stride, side // stride), "average"),
