@@ -235,8 +235,13 @@ class _FrameProcessor:
         return {"pixel_values_videos": torch.from_numpy(np.asarray(pixels))[None]}
 
 
-def save_original(model, directory: Path) -> dict[str, Path]:
+def save_original(model, directory: Path, *, with_tower: bool = False) -> dict[str, Path]:
     """Writes a `llava` as its authors did: language model and connector here, the tower there.
+
+    Args:
+      model: from `llava`.
+      directory: of both.
+      with_tower: repeats the tower inside the language model's file.
 
     Returns:
       the directories, `model` and `vision_tower`.
@@ -244,7 +249,10 @@ def save_original(model, directory: Path) -> dict[str, Path]:
     config, state, towers = model.config, {}, {}
     for name, tensor in model.state_dict().items():
         if name.startswith("model.vision_tower."):
-            towers["vision_model." + name.removeprefix("model.vision_tower.")] = tensor
+            tower_name = "vision_model." + name.removeprefix("model.vision_tower.")
+            towers[tower_name] = tensor
+            if with_tower:
+                state["model.vision_tower.vision_tower." + tower_name] = tensor.clone()
         elif ".multi_modal_projector." in name:
             place = "0" if "linear_1" in name else "2"
             state[f"model.mm_projector.{place}.{name.rpartition('.')[2]}"] = tensor

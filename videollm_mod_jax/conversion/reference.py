@@ -253,6 +253,7 @@ def _load_original(
         vision_config=tower,
         vision_feature_layer=hf["mm_vision_select_layer"],
         vision_feature_select_strategy=features[hf.get("mm_vision_select_feature", "patch")],
+        image_token_index=0,  # <unk>: any id will do that no prompt holds
     )
     loader = transformers.LlavaForConditionalGeneration
     return loader.from_pretrained(None, config=config, state_dict=state, **kind)

@@ -1,9 +1,10 @@
 """What our model computes on its way, stage by stage."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from videollm_mod_jax.conversion.cases import Case
 from videollm_mod_jax.models import VideoLLM, anyres, init_caches
 from videollm_mod_jax.models.decoder import Layer
 from videollm_mod_jax.models.plan import LayerSpec
+from videollm_mod_jax.models.vision import VisionOutput
 from videollm_mod_jax.training.checkpoint import LoadedModel
 
 Stages = dict[str, np.ndarray]
@@ -42,16 +44,11 @@ def run(model: LoadedModel, case: Case, tokens: int) -> tuple[Stages, list[int]]
       its stages, and the ids of the tokens.
     """
     found, x_BSD, starts_BF = _embedded(model, case)
-    position_BS = jnp.arange(x_BSD.shape[1], dtype=jnp.int32)[None]
-
-    @jax.jit
-    def run_layer(variables: Mapping[str, Any], x_BSD: jax.Array) -> jax.Array:
-        layer = Layer(model.config, LayerSpec(keep=None), remat=False)
-        return layer.apply(variables, x_BSD, position_BS, starts_BF, 0, None)[0]
-
-    y_BSD = x_BSD
+    position_BS = np.arange(x_BSD.shape[1], dtype=np.int32)[None]
+    layer, y_BSD = Layer(model.config, LayerSpec(keep=None), remat=False), x_BSD
     for i in range(model.config.decoder.num_layers):
-        y_BSD = run_layer(_layer_variables(model, i), y_BSD)
+        variables = _layer_variables(model, i)
+        y_BSD, _, _ = _apply(layer, None, variables, y_BSD, position_BS, starts_BF, 0, None)
         found[f"layer {i}"] = _float32(y_BSD[0])
     logits_JV, ids = _answer(model, x_BSD, starts_BF, len(case.after), tokens)
     return {**found, "logits": logits_JV}, ids
@@ -59,72 +56,73 @@ def run(model: LoadedModel, case: Case, tokens: int) -> tuple[Stages, list[int]]
 
 def run_tower(model: LoadedModel, case: Case) -> Stages:
     """Runs our vision tower on the pixels of a case."""
-
-    @jax.jit
-    def see(pixels: jax.Array) -> Any:
-        return VideoLLM(model.config).apply(
-            model.variables, pixels, method=lambda module, x: module.vision.outputs(x)
-        )
-
-    output = see(case.pixels_XCCA)
+    output = _apply(VideoLLM(model.config), _tower_output, model.variables, case.pixels_XCCA)
     found = {"tower": _float32(output.hidden_BPW)}
     return found if output.pooled_BW is None else {**found, "pooled": _float32(output.pooled_BW)}
 
 
 def _embedded(model: LoadedModel, case: Case) -> tuple[Stages, jax.Array, jax.Array]:
     """Tower and connector; what enters the decoder, x_BSD; and frame_starts_BF."""
-    config, first = model.config, len(case.before)
+    video_llm, variables, first = VideoLLM(model.config), model.variables, len(case.before)
     tokens_BS = np.array([[*case.before, *[0] * case.slots, *case.after]], np.int32)
-    embed = jax.jit(functools.partial(VideoLLM(config).apply, method="embed"))
     if case.pixels_XCCA is None:
-        return {}, embed(model.variables, tokens_BS, None, _NO_STARTS), _NO_STARTS
-
-    @jax.jit
-    def see(variables: Mapping[str, Any], pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def features_and_embeddings(module: VideoLLM) -> tuple[jax.Array, jax.Array]:
-            see = module.vision.patches if case.crops is not None else module.encode
-            features = see(pixels)
-            return features, module.connector(features)
-
-        return VideoLLM(config).apply(variables, method=features_and_embeddings)
-
-    features, embeddings = see(model.variables, case.pixels_XCCA)
+        return {}, _apply(video_llm, "embed", variables, tokens_BS, None, _NO_STARTS), _NO_STARTS
+    see = _seen_frames if case.crops is None else _seen_crops
+    features, embeddings = _apply(video_llm, see, variables, case.pixels_XCCA)
     found = {"tower": _float32(features), "connector": _float32(embeddings)}
     if case.crops is not None:
-        newline_D = model.variables["params"]["newline"]
+        newline_D = variables["params"]["newline"]
         image_TD = anyres.pack_image(embeddings, newline_D, case.size, case.crops)
-        x_BSD = embed(model.variables, tokens_BS, None, _NO_STARTS)
+        x_BSD = _apply(video_llm, "embed", variables, tokens_BS, None, _NO_STARTS)
         return found, x_BSD.at[0, first : first + case.slots].set(image_TD), _NO_STARTS
-    F, N = len(case.pixels_XCCA), config.tokens_per_frame
+    F, N = len(case.pixels_XCCA), model.config.tokens_per_frame
     starts_BF = first + N * np.arange(F, dtype=np.int32)[None]
-    tokens_BS[:, first + F * N : first + case.slots] = config.decoder.vocab_size  # the newline
-    return found, embed(model.variables, tokens_BS, features[None], starts_BF), starts_BF
+    newline_id = model.config.decoder.vocab_size
+    tokens_BS[:, first + F * N : first + case.slots] = newline_id
+    x_BSD = _apply(video_llm, "embed", variables, tokens_BS, features[None], starts_BF)
+    return found, x_BSD, starts_BF
 
 
 def _answer(
     model: LoadedModel, x_BSD: jax.Array, starts_BF: jax.Array, judged: int, tokens: int
 ) -> tuple[np.ndarray, list[int]]:
     """Logits at the last `judged` tokens, and the most likely tokens behind them."""
-    config, length = model.config, x_BSD.shape[1]
+    config, video_llm, length = model.config, VideoLLM(model.config), x_BSD.shape[1]
     caches = init_caches(config, 1, length + tokens, 0, jnp.dtype(config.dtype))
-    decode = jax.jit(functools.partial(VideoLLM(config).apply, method="decode"))
     judged_BJ = np.arange(length - judged, length)[None]
     position_BS = np.arange(length, dtype=np.int32)[None]
-    output = decode(model.variables, x_BSD, starts_BF, judged_BJ, position_BS, caches)
+    output = _apply(
+        video_llm, "decode", model.variables, x_BSD, starts_BF, judged_BJ, position_BS, caches
+    )
     logits_JV, ids = _float32(output.logits_BJV[0]), []
-    step = jax.jit(VideoLLM(config).apply)
     for position in range(length, length + tokens):
         ids.append(int(jnp.argmax(output.logits_BJV[0, -1])))
-        output = step(
-            model.variables,
-            np.array([ids[-1:]], np.int32),
-            None,
-            _NO_STARTS,
-            np.zeros((1, 1), np.int32),
-            np.array([[position]], np.int32),
-            output.caches,
-        )
+        token_BS, position_BS = np.array([ids[-1:]], np.int32), np.array([[position]], np.int32)
+        step = (token_BS, None, _NO_STARTS, np.zeros((1, 1), np.int32), position_BS, output.caches)
+        output = _apply(video_llm, None, model.variables, *step)
     return logits_JV, ids
+
+
+def _tower_output(module: VideoLLM, pixels_XCCA: jax.Array) -> VisionOutput:
+    return module.vision.outputs(pixels_XCCA)
+
+
+def _seen_frames(module: VideoLLM, pixels_XCCA: jax.Array) -> tuple[jax.Array, jax.Array]:
+    features = module.encode(pixels_XCCA)
+    return features, module.connector(features)
+
+
+def _seen_crops(module: VideoLLM, pixels_XCCA: jax.Array) -> tuple[jax.Array, jax.Array]:
+    patches = module.vision.patches(pixels_XCCA)
+    return patches, module.connector(patches)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(
+    module: nn.Module, method: Callable | str | None, variables: Any, *arguments: Any
+) -> Any:
+    # Compiled once per module and shapes: all layers are one.
+    return module.apply(variables, *arguments, method=method)
 
 
 def _layer_variables(model: LoadedModel, layer: int) -> dict[str, Any]:
