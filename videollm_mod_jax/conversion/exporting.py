@@ -14,6 +14,7 @@ import numpy as np
 import rich.console
 
 from videollm_mod_jax.conversion import destination as output
+from videollm_mod_jax.conversion.adapter import export_adapter
 from videollm_mod_jax.conversion.families import Export, export_plan
 from videollm_mod_jax.conversion.loading import CACHED_BYTES, slabs
 from videollm_mod_jax.conversion.manifest import Manifest, PartRecord, read_manifest
@@ -122,19 +123,38 @@ def _pieces(
     model: StoredModel, manifest: Manifest | None, family: str | None, merge: bool
 ) -> list[_Piece]:
     """What the model came from, or what a family makes of it, and its adapters."""
-    if manifest is None and family is None:
+    records = manifest.parts if manifest else ()
+    if not records and family is None:
         raise UserError(
             f"{model.directory} was not converted from anything; say with --family what it becomes"
         )
-    pieces = []
-    for record in manifest.parts if manifest else ():
-        if record.role != "adapter":
-            export = export_plan(model.config, record.family, record.layout, record.config)
-            pieces.append(_Piece(role=record.role, export=export, record=record))
-    if manifest is None:
-        export = export_plan(model.config, family)
-        pieces.append(_Piece(role="model", export=export, record=None))
+    pieces = [
+        _Piece(
+            role=record.role,
+            export=export_plan(model.config, record.family, record.layout, record.config),
+            record=record,
+        )
+        for record in records
+        if record.role != "adapter"
+    ]
+    if not records:
+        pieces.append(_Piece(role="model", export=export_plan(model.config, family), record=None))
+    if model.config.lora.rank and not merge:
+        record = manifest.part("adapter") if manifest else None
+        covered = {entry.target for piece in pieces for entry in piece.export.table.entries()}
+        pieces.append(_adapter_piece(model, record, covered))
     return pieces
+
+
+def _adapter_piece(model: StoredModel, record: PartRecord | None, covered: set[str]) -> _Piece:
+    if record is not None:
+        layout, names, original = record.layout, record.tensors, record.config
+    else:
+        is_llava = "params/connector/fc1/kernel" in covered
+        born = "hf-5-modules" if is_llava else "live" if model.config.vision else "hf"
+        layout, names, original = born, (), None
+    table, config = export_adapter(model.config, layout, covered, names, original)
+    return _Piece(role="adapter", export=Export(table=table, config=config), record=record)
 
 
 def _check_complete(

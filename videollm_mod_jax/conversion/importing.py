@@ -78,6 +78,7 @@ def import_model(
     """
     _check_destination(destination, overwrite)
     work = destination.with_name(destination.name + ".partial")
+    _check_work(work)
     try:
         with output.full_disk_is_a_user_error(destination.parent):
             return _import(conversion, destination, work, console)
@@ -228,12 +229,17 @@ def _resume(work: Path, fingerprint: str, console: rich.console.Console) -> _Jou
             console.print(f"going on in {work}: {len(stored['saved'])} variables are there")
             return _Journal(work, fingerprint, tuple(stored["saved"]), stored["completing"])
         shutil.rmtree(work)
-    elif work.exists() and any(not path.name.startswith(".") for path in work.iterdir()):
-        raise UserError(f"{work} is in the way and no conversion wrote it; move it elsewhere")
     work.mkdir(parents=True, exist_ok=True)
     journal = _Journal(work, fingerprint)
     journal.write()
     return journal
+
+
+def _check_work(work: Path) -> None:
+    """Refuses a directory that is there for another reason: ours has had a journal ever since."""
+    names = [path.name for path in work.iterdir()] if work.exists() else []
+    if _JOURNAL not in names and any(not name.startswith(".") for name in names):
+        raise UserError(f"{work} is in the way and no conversion wrote it; move it elsewhere")
 
 
 def _remove_unfinished(work: Path, entries: Sequence[str]) -> None:
