@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from videollm_mod_jax.conversion.cases import Case
+from videollm_mod_jax.conversion.llava import DEFAULTS as LLAVAS
 from videollm_mod_jax.conversion.plan import Conversion, Part
 from videollm_mod_jax.conversion.stages import Stages
 from videollm_mod_jax.conversion.vision import vision_to_hf
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VisionConfig
 
-_LLAVAS = ("llava", "llava_next_video", "llava_onevision")
 _TOWERS = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel"}
 
 # From the names of the original LLaVA to those of the first transformers that had it, which every
@@ -56,8 +56,11 @@ class Reference:
 
     def run(self, case: Case, tokens: int) -> tuple[Stages, list[int]]:
         """Runs the model on a case; arguments and results as of `stages.run`."""
-        with self.torch.inference_mode():
-            return self.run_on(self.inputs(case), len(case.after), tokens)
+        seen: Stages = {}
+        with self.torch.inference_mode(), self._recording(seen):
+            inputs = self.inputs(case)
+        stages, ids = self.run_on(inputs, len(case.after), tokens)
+        return {**seen, **stages}, ids
 
     def run_on(
         self, inputs: Mapping[str, Any], judged: int, tokens: int
@@ -187,7 +190,7 @@ def load_reference(conversion: Conversion, param_dtype: str, dtype: str) -> Refe
     first, model, tower = parts["model"], None, None
     if first.family in _TOWERS:
         tower = _load_tower(transformers, first, kind)
-    elif first.family not in _LLAVAS:
+    elif first.family not in LLAVAS:
         model = transformers.AutoModelForCausalLM.from_pretrained(first.source.directory, **kind)
         if "vision_tower" in parts:
             tower = _load_tower(transformers, parts["vision_tower"], kind)

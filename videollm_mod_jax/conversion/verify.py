@@ -15,6 +15,7 @@ import rich.table
 from videollm_mod_jax.conversion import stages
 from videollm_mod_jax.conversion.cases import Case, make_cases
 from videollm_mod_jax.conversion.families import plan_conversion
+from videollm_mod_jax.conversion.llava import DEFAULTS as LLAVAS
 from videollm_mod_jax.conversion.plan import Conversion, Options
 from videollm_mod_jax.conversion.reference import load_reference
 from videollm_mod_jax.conversion.stages import Stages
@@ -67,8 +68,10 @@ def verify(
     """
     if tokens < 1:
         raise UserError(f"--tokens is {tokens}; expected at least 1")
-    plain = dataclasses.replace(options, mod=None, weighting=None, pool=None)
-    conversion = plan_conversion(source, plain)
+    conversion = plan_conversion(source, options)
+    if conversion.parts[0].family in LLAVAS:
+        # transformers pools as the family does.
+        conversion = plan_conversion(source, dataclasses.replace(options, pool=None))
     stored = read_model_config(model)
     _check_same_model(conversion.config, stored, source, model)
     dtype = "float32" if options.dtype == "auto" else options.dtype
@@ -143,11 +146,11 @@ def _check_same_model(
     if stored.vision is not None and expected.vision is not None:
         vision = dataclasses.replace(stored.vision, pool=expected.vision.pool)
         stored = dataclasses.replace(stored, vision=vision)
-    for part in ("decoder", "vision"):
+    for part in ("decoder", "vision", "lora"):
         if getattr(expected, part) != getattr(stored, part):
             raise UserError(
                 f"{model} was not made of {source}: its {part} is another one; name what from-hf "
-                "was given, with the same --base and --vision-tower"
+                "was given, with the same --base, --vision-tower and --merge"
             )
 
 
