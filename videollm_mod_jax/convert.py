@@ -24,7 +24,7 @@ from videollm_mod_jax.conversion.exporting import export_model
 from videollm_mod_jax.conversion.families import FAMILIES, plan_conversion
 from videollm_mod_jax.conversion.importing import import_model
 from videollm_mod_jax.conversion.inspecting import inspect
-from videollm_mod_jax.conversion.manifest import Manifest
+from videollm_mod_jax.conversion.manifest import Manifest, read_manifest
 from videollm_mod_jax.conversion.plan import DTYPES, Conversion, Options
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.config import INSERTIONS, WEIGHTINGS
@@ -105,6 +105,10 @@ def _to_hf(arguments: argparse.Namespace, console: rich.console.Console) -> None
     )
     for directory in made:
         print(f"wrote {directory}")
+    manifest = read_manifest(Path(arguments.source))
+    if manifest is not None and not arguments.family:
+        for dtype, count in manifest.rounded.items():
+            print(f"  {count} tensors were {dtype} and were rounded to {manifest.dtype} on the way")
 
 
 def _verify(arguments: argparse.Namespace, console: rich.console.Console) -> bool:
@@ -125,9 +129,8 @@ def _verify(arguments: argparse.Namespace, console: rich.console.Console) -> boo
 
 
 def _inspect(arguments: argparse.Namespace, console: rich.console.Console) -> None:
-    del console
-    path = Path(arguments.path)
-    inspect(path if path.exists() else hub.resolve(arguments.path), rich.console.Console())
+    del console  # of progress bars, which go to stderr
+    inspect(hub.resolve(arguments.path), rich.console.Console())
 
 
 def _options(arguments: argparse.Namespace) -> Options:
@@ -198,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m videollm_mod_jax.convert",
         description=__doc__,
-        epilog=f"Families, with names on the Hub:\n{families}\n\nEach command has its own --help.",
+        epilog=f"Families, with names on the Hub:\n{families}\n{_ADAPTERS}\n\nEach command has its own --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -283,6 +286,9 @@ def _add_conversion_options(add) -> None:
     add("--tokenizer", metavar="DIR", help="tokenizer.json to use; by default the one in SRC")
     add("--system", default="", metavar="TEXT", help="instruction that opens every conversation")
 
+
+_ADAPTERS = """  VideoLLM-online and VideoLLM-MoD: chenjoya/videollm-online-8b-v1plus
+  PEFT adapters over any language model or LLaVA above"""
 
 _FROM_HF_EXAMPLES = """examples:
   A LLaVA, ready to fine-tune with Mixture-of-Depths:

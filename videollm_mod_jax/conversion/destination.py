@@ -86,4 +86,6 @@ def byte_progress(console: rich.console.Console) -> progress.Progress:
         progress.TimeRemainingColumn(),
         progress.TextColumn("{task.description}"),
         console=console,
+        # Logs get the report that follows, not a bar.
+        disable=not console.is_terminal,
     )

@@ -265,9 +265,9 @@ def _write_tensors(
         value = _merged(model, path) if merge else model.read(path)
         for entry in group:
             tensor = entry.from_target(value if entry.row is None else value[entry.row])
-            yield entry.source, _write(slots[entry.source], entry.part, tensor)
+            yield entry.source, _write(entry.source, slots[entry.source], entry.part, tensor)
     for name in slots.keys() & table.buffers.keys():
-        yield name, _write(slots[name], (0, 1), table.buffers[name]())
+        yield name, _write(name, slots[name], (0, 1), table.buffers[name]())
 
 
 def _merged(model: StoredModel, path: str) -> np.ndarray:
@@ -281,7 +281,7 @@ def _merged(model: StoredModel, path: str) -> np.ndarray:
     return value.astype(np.float32) + np.float32(lora.alpha / lora.rank) * update
 
 
-def _write(slot: _Slot, part: tuple[int, int], tensor: np.ndarray) -> int:
+def _write(name: str, slot: _Slot, part: tuple[int, int], tensor: np.ndarray) -> int:
     """Writes one of n equal parts of a tensor into its slot; returns the bytes of it."""
     size = slot.size // part[1]
     rows = tensor.reshape(1) if not tensor.ndim else tensor
@@ -292,7 +292,7 @@ def _write(slot: _Slot, part: tuple[int, int], tensor: np.ndarray) -> int:
                 cast = rows[chunk].astype(slot.dtype, order="C")
             if not np.isfinite(cast).all():
                 raise UserError(
-                    f"{slot.file.name}: a value is not finite as {slot.dtype.name}; take --dtype "
+                    f"{name} holds a value that is not finite as {slot.dtype.name}; take --dtype "
                     "bfloat16 or float32, or look at what training did to the weights"
                 )
             file.write(cast.tobytes())
