@@ -212,11 +212,14 @@ def test_whole_modules_replace_those_of_the_base_and_may_enlarge_the_vocabulary(
     tensors[PREFIX + "model.embed_tokens.weight"] = embedding
     tensors[PREFIX + "lm_head.modules_to_save.default.weight"] = head
     directory = adapter(tensors, modules_to_save=["embed_tokens", "lm_head"])
+    (directory / "tokenizer.json").write_text("{}")
     conversion = plan_conversion(directory, Options(base=base))
     assert conversion.config.decoder == dataclasses.replace(tiny.DECODER, vocab_size=rows)
     reader = VariableReader(conversion)
     np.testing.assert_array_equal(reader.read("params/embedding"), embedding)
     np.testing.assert_array_equal(reader.read("params/lm_head/kernel"), head.T)
+    # It comes with the tokenizer that knows the new words.
+    assert conversion.tokenizer == directory
     reasons = conversion.parts[0].table.left_out
     assert set(reasons.values()) == {"is replaced by a tensor of the adapter"}
     assert len(reasons) == 2
@@ -360,15 +363,32 @@ def test_the_way_back_restores_every_name_and_tensor(base, tower, adapter, spell
 
 
 def test_a_config_that_training_outdated_is_written_anew(base, adapter):
-    conversion = plan_conversion(adapter(), Options(base=base))
+    tensors = pairs([*attention("q"), "lm_head"])
+    # A copy that PEFT saves by itself, which is no module to save.
+    tensors[PREFIX + "lm_head.base_layer.weight"] = random(tiny.DECODER.vocab_size, D)
+    directory = adapter(tensors, target_modules=["q_proj", "lm_head"])
+    conversion = plan_conversion(directory, Options(base=base))
     lora = dataclasses.replace(conversion.config.lora, alpha=2.5)
     config = dataclasses.replace(conversion.config, lora=lora)
     part = conversion.parts[-1]
-    hf = export_adapter(config, part.layout, (), part.source.names, part.config)[1]
+    table, hf = export_adapter(config, part.layout, (), part.source.names, part.config)
+    assert {e.source for e in table.entries()} == set(tensors)
     assert (hf["r"], hf["lora_alpha"], hf["modules_to_save"]) == (R, 2.5, None)
     lora = read_lora(hf, "a")
     assert all(lora.targets(m) for m in attention("q"))
     assert not lora.targets("vision.q_proj")
+
+
+def test_what_another_directory_holds_is_not_written_twice(base, tower, adapter):
+    tensors = pairs([*attention("q"), *attention("o")]) | connector()
+    options = Options(base=base, vision_tower=tower)
+    config = plan_conversion(adapter(tensors), options).config
+    fc1 = ("params/connector/fc1/kernel", "params/connector/fc1/bias")
+    table, _ = export_adapter(config, live.LAYOUT, fc1)
+    assert set(tensors) - {e.source for e in table.entries()} == {
+        PREFIX + "connector.0.weight",
+        PREFIX + "connector.0.bias",
+    }
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,18 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from tests import tiny_hf  # noqa: E402
+from tests.tiny_conversion import shapes  # noqa: E402
 from videollm_mod_jax.conversion.adapter import export_adapter  # noqa: E402
 from videollm_mod_jax.conversion.families import plan_conversion  # noqa: E402
+from videollm_mod_jax.conversion.llama import decoder_to_hf  # noqa: E402
 from videollm_mod_jax.conversion.loading import VariableReader, check_repeats  # noqa: E402
 from videollm_mod_jax.conversion.peft_names import base_table  # noqa: E402
 from videollm_mod_jax.conversion.plan import Options  # noqa: E402
 from videollm_mod_jax.conversion.table import match  # noqa: E402
 from videollm_mod_jax.errors import UserError  # noqa: E402
+from videollm_mod_jax.models import LoraConfig, RoutingConfig, VideoLLMConfig  # noqa: E402
+from videollm_mod_jax.models.config import LINEAR_NAMES  # noqa: E402
+from videollm_mod_jax.models.presets import decoder_preset, vision_preset  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -290,3 +295,36 @@ def test_what_is_written_back_peft_loads(tmp_path, routed, born_here):
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "back").merge_and_unload()
     for name, tensor in adapted.merge_and_unload().state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_the_full_size_adapter_of_videollm_online_has_exactly_our_names_and_shapes():
+    decoder, vision = decoder_preset("llama3-8b"), vision_preset("siglip-l16-384")
+    hf = transformers.LlamaConfig(**decoder_to_hf(decoder))
+    hf.vision_hidden_size, hf.routed = vision.width, range(1, 32, 2)
+    settings = peft.LoraConfig(
+        r=128, lora_alpha=256, target_modules=LIVE_REGEX, modules_to_save=["connector", "router"]
+    )
+    with torch.device("meta"):
+        model = peft.get_peft_model(LiveLlama(hf), settings, low_cpu_mem_usage=True)
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    routing = RoutingConfig(
+        insertion="interleaved",
+        keep_ratio=0.2,
+        selection="learned",
+        weighting="official",
+        force_keep_last=False,
+    )
+    config = VideoLLMConfig(
+        decoder=decoder,
+        routing=routing,
+        lora=LoraConfig(rank=128, alpha=256.0, dropout=0.0, targets=(*LINEAR_NAMES, "lm_head")),
+        vision=vision,
+        newline=False,
+        dtype="bfloat16",
+        param_dtype="bfloat16",
+    )
+    table, _ = export_adapter(config, "live", ())
+    leaves = shapes(config)
+    ours = {e.source: e.source_shape(leaves[e.target].shape) for e in table.entries()}
+    assert ours == {name: tuple(tensor.shape) for name, tensor in state.items()}
+    assert len(ours) == 2 * (7 * 32 + 1) + 4 + 2 * 16
