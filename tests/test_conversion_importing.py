@@ -70,6 +70,19 @@ def test_large_tensors_are_read_in_slabs(tmp_path, monkeypatch):
     assert_bitwise(loaded(tmp_path / "model"), expected)
 
 
+def test_any_slice_of_a_variable_is_that_slice_of_the_whole(tmp_path):
+    vision = dataclasses.replace(CONFIG.vision, num_layers=3)
+    config = dataclasses.replace(CONFIG, vision=vision)
+    conversion, expected = make_conversion(tmp_path / "source", config)
+    reader = loading.VariableReader(conversion)
+    rng = np.random.default_rng(0)
+    for path, whole in expected.items():
+        np.testing.assert_array_equal(reader.read(path), whole, err_msg=path)
+        ends = [np.sort(rng.integers(0, size + 1, 2)) for size in whole.shape]
+        index = tuple(slice(int(start), int(stop)) for start, stop in ends)
+        np.testing.assert_array_equal(reader.read(path, index), whole[index], err_msg=path)
+
+
 def test_slabs_are_as_drawn():
     slabs = list(loading.slabs((10, 4), 0, 2, 24))
     assert [(s.start, s.stop) for s in slabs] == [(0, 3), (3, 6), (6, 9), (9, 10)]

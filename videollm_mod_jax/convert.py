@@ -21,7 +21,7 @@ from videollm_mod_jax import cli
 from videollm_mod_jax.conversion import hub
 from videollm_mod_jax.conversion.exporting import DTYPES as EXPORT_DTYPES
 from videollm_mod_jax.conversion.exporting import export_model
-from videollm_mod_jax.conversion.families import FAMILIES, plan_conversion
+from videollm_mod_jax.conversion.families import ADAPTERS, FAMILIES, plan_conversion
 from videollm_mod_jax.conversion.importing import import_model
 from videollm_mod_jax.conversion.inspecting import inspect
 from videollm_mod_jax.conversion.manifest import Manifest, read_manifest
@@ -194,14 +194,19 @@ def _next_commands(conversion: Conversion, arguments: argparse.Namespace) -> str
 
 def _parser() -> argparse.ArgumentParser:
     families = "\n".join(
-        textwrap.fill(f"{f.title}: {', '.join(f.examples)}", 96, initial_indent="  ",
-                      subsequent_indent="    ", break_on_hyphens=False)
-        for f in FAMILIES
-    )  # fmt: skip
+        textwrap.fill(
+            ": ".join([family.title, ", ".join(family.examples)]).removesuffix(": "),
+            width=96,
+            initial_indent="  ",
+            subsequent_indent="    ",
+            break_on_hyphens=False,
+        )
+        for family in (*FAMILIES, *ADAPTERS)
+    )
     parser = argparse.ArgumentParser(
         prog="python -m videollm_mod_jax.convert",
         description=__doc__,
-        epilog=f"Families, with names on the Hub:\n{families}\n{_ADAPTERS}\n\nEach command has its own --help.",
+        epilog=f"Families, with names on the Hub:\n{families}\n\nEach command has its own --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -286,9 +291,6 @@ def _add_conversion_options(add) -> None:
     add("--tokenizer", metavar="DIR", help="tokenizer.json to use; by default the one in SRC")
     add("--system", default="", metavar="TEXT", help="instruction that opens every conversation")
 
-
-_ADAPTERS = """  VideoLLM-online and VideoLLM-MoD: chenjoya/videollm-online-8b-v1plus
-  PEFT adapters over any language model or LLaVA above"""
 
 _FROM_HF_EXAMPLES = """examples:
   A LLaVA, ready to fine-tune with Mixture-of-Depths:
