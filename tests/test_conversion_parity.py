@@ -1,6 +1,5 @@
 """Converted language models and towers compute what transformers' own classes compute."""
 
-
 import numpy as np
 import pytest
 
@@ -22,7 +21,8 @@ DECODERS = {
     "qwen2": (tiny_hf.qwen2, {"rope_theta": 1_000_000.0}),
     "qwen2, tied": (tiny_hf.qwen2, {"tie_word_embeddings": True}),
 }
-TEXT = tuple(np.random.default_rng(0).integers(2, 280, size=40).tolist())
+# The last id of the vocabulary is next to the one that stands for a newline.
+TEXT = (*np.random.default_rng(0).integers(2, 280, size=40).tolist(), 319)
 
 
 @pytest.mark.parametrize("name", DECODERS)

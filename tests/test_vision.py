@@ -15,6 +15,7 @@ from videollm_mod_jax.models.vision import (
     VisionOutput,
     VisionTower,
     frame_tokens,
+    interpolation_matrix,
     pooling_matrix,
     preprocess,
 )
@@ -71,6 +72,11 @@ def test_pooling_matrix_averages_bins_as_defined(side, pool):
         for j in range(pool[1])
     ]
     np.testing.assert_allclose(pooling_matrix(side, pool) @ grid.ravel(), expected, rtol=1e-5)
+
+
+def test_interpolation_matrix_is_the_drawn_one():
+    left, right = [0, 0, 0, 3, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 3, 0, 0, 0]
+    np.testing.assert_allclose(interpolation_matrix(3, (1, 2)), np.array([left, right]) / 4)
 
 
 def test_frame_tokens_put_the_summary_first_and_skip_the_class_token_when_pooling():
@@ -167,31 +173,39 @@ def _head(state):
 def _from_torch(model, config):
     state = {name.removeprefix("vision_model."): t.numpy() for name, t in model.items()}
     blocks = [_block(state, f"encoder.layers.{i}") for i in range(config.num_layers)]
+    used = config.num_layers - config.unused_blocks
     conv = np.transpose(state["embeddings.patch_embedding.weight"], (2, 3, 1, 0))
     params = {
         "patch_embedding": {"kernel": conv},
         "position_embedding": state["embeddings.position_embedding.weight"],
         "post_norm": _take(state, _rows("post_layernorm", _NORM)),
-        "blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks),
+        "blocks": _stack(blocks[:used]),
     }
-    if config.summary == "class_token":
+    if config.unused_blocks:
+        params["unused_blocks"] = _stack(blocks[used:])
+    if config.architecture == "clip":
         params["class_embedding"] = state["embeddings.class_embedding"]
         params["pre_norm"] = _take(state, _rows("pre_layrnorm", _NORM))
     else:
         params["patch_embedding"]["bias"] = state["embeddings.patch_embedding.bias"]
+    if config.pooling_head:
         params["head"] = _head(state)
     return {"params": params}
 
 
-@pytest.mark.parametrize("config", [SIGLIP, CLIP], ids=["siglip", "clip"])
-def test_equals_transformers(config):
+def _stack(blocks):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
+
+
+def _torch_output(config, images):
+    """Our variables of a random tower of transformers, and what it makes of images."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     kinds = {
-        "attention_pool": (transformers.SiglipVisionConfig, transformers.SiglipVisionModel),
-        "class_token": (transformers.CLIPVisionConfig, transformers.CLIPVisionModel),
+        "siglip": (transformers.SiglipVisionConfig, transformers.SiglipVisionModel),
+        "clip": (transformers.CLIPVisionConfig, transformers.CLIPVisionModel),
     }
-    config_class, model_class = kinds[config.summary]
+    config_class, model_class = kinds[config.architecture]
     torch.manual_seed(0)
     model = model_class(
         config_class(
@@ -206,17 +220,54 @@ def test_equals_transformers(config):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    images = np.random.default_rng(0).normal(size=(2, 34, 34, 3)).astype(np.float32)
-    with torch.no_grad():
-        expected = model(torch.from_numpy(images.transpose(0, 3, 1, 2)))
-    variables = _from_torch(model.state_dict(), config)
-    shapes = jax.eval_shape(tower(config).init, jax.random.key(0), images)
+        pixels = torch.from_numpy(images.transpose(0, 3, 1, 2))
+        return _from_torch(model.state_dict(), config), model(pixels, output_hidden_states=True)
+
+
+IMAGES = np.random.default_rng(0).normal(size=(2, 34, 34, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("config", [SIGLIP, CLIP], ids=["siglip", "clip"])
+def test_equals_transformers(config):
+    variables, expected = _torch_output(config, IMAGES)
+    shapes = jax.eval_shape(tower(config).init, jax.random.key(0), IMAGES)
     assert jax.tree.map(np.shape, variables) == jax.tree.map(
         lambda leaf: leaf.shape, nn.meta.unbox(shapes)
     )
-    output = tower(config).apply(variables, images, method="outputs")
-    np.testing.assert_allclose(output.hidden_BPW, expected.last_hidden_state, atol=1e-5)
+    output = tower(config).apply(variables, IMAGES, method="outputs")
+    hidden = expected.last_hidden_state
+    np.testing.assert_allclose(output.hidden_BPW, hidden, atol=1e-5)
     np.testing.assert_allclose(output.pooled_BW, expected.pooler_output, atol=1e-5)
+
+
+@pytest.mark.parametrize("unused", [0, 1, 2])
+@pytest.mark.parametrize("config", [SIGLIP, CLIP], ids=["siglip", "clip"])
+def test_patches_are_read_before_unused_blocks_and_the_last_norm(config, unused):
+    side = config.patches_per_side
+    changes = {"final_norm": False, "summary": "none", "pool": (side, side)}
+    config = dataclasses.replace(config, unused_blocks=unused, **changes)
+    variables, expected = _torch_output(config, IMAGES)
+    shapes = jax.eval_shape(tower(config).init, jax.random.key(0), IMAGES)
+    assert jax.tree.map(np.shape, variables) == jax.tree.map(
+        lambda leaf: leaf.shape, nn.meta.unbox(shapes)
+    )
+    output = tower(config).apply(variables, IMAGES, method="outputs")
+    hidden = expected.hidden_states[-1 - unused].numpy()
+    np.testing.assert_allclose(output.hidden_BPW, hidden, atol=1e-5)
+    assert (output.pooled_BW is None) == (unused > 0)
+    patches = hidden[:, -(side**2) :]
+    for method in ("patches", "__call__"):
+        found = tower(config).apply(variables, IMAGES, method=method)
+        np.testing.assert_allclose(found, patches, atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "pool"), [(27, (14, 14)), (24, (3, 5)), (3, (2, 2)), (4, (7, 4))])
+def test_interpolation_equals_torch(side, pool):
+    torch = pytest.importorskip("torch")
+    grid = np.random.default_rng(0).normal(size=(1, 1, side, side)).astype(np.float32)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(grid), pool, mode="bilinear")
+    ours = interpolation_matrix(side, pool) @ grid.ravel()
+    np.testing.assert_allclose(ours, expected.numpy().ravel(), atol=1e-5)
 
 
 def test_adaptive_pooling_equals_torch():
