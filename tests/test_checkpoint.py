@@ -108,7 +108,8 @@ def test_arrays_load_in_the_dtype_of_the_model(copy):
     connector, frozen = variables["params"].pop("connector"), variables["params"]
     routers = [layer.pop("router") for layer in frozen["decoder"].values() if "router" in layer]
     assert dtypes(frozen) == {"bfloat16"}
-    assert dtypes([connector, routers]) == {"float32"} and routers
+    assert dtypes([connector, routers]) == {"float32"}
+    assert routers
 
 
 def test_a_missing_or_foreign_directory_is_refused(tmp_path):

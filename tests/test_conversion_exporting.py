@@ -27,6 +27,7 @@ from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import LoraConfig, merge_lora
 from videollm_mod_jax.training import checkpoint
 from videollm_mod_jax.training.checkpoint import Checkpointer, load_model, save_model
+from videollm_mod_jax.training.initial import carry_manifest
 from videollm_mod_jax.training.optimizer import split_variables
 from videollm_mod_jax.training.state import create_state
 
@@ -95,6 +96,37 @@ def test_there_and_back_changes_no_bit(tmp_path, family, dtype):
         if (source / file).exists():
             assert (tmp_path / "back" / file).read_text() == (source / file).read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "model", "source"]
+
+
+def test_small_files_beside_the_weights_come_back_from_a_model_and_from_a_run(tmp_path):
+    source = make_source(tmp_path / "source", "llava")
+    kept = {"preprocessor_config.json": "{}", "chat_template.jinja": "a", "tokenizer.model": "b"}
+    dropped = {"README.md": "c", "modeling.py": "d", "model.safetensors.index.json": "{}"}
+    for name, text in {**kept, **dropped}.items():
+        (source / name).write_text(text)
+    (source / "tokenizer_config.json").write_text('{"eos_token": "<|eot_id|>", "chat": 1}')
+    model = bring_in(source, tmp_path / "model")
+    (tmp_path / "run").mkdir()
+    carry_manifest(model, tmp_path / "run")
+    for name in ("model.json", "dialogue.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(model / name, tmp_path / "run" / name)
+    shutil.copytree(model / "weights", tmp_path / "run" / "weights")
+    for directory in (model, tmp_path / "run"):
+        send_out(directory, tmp_path / "back", overwrite=True)
+        for name in (*kept, "tokenizer_config.json"):
+            assert (tmp_path / "back" / name).read_text() == (source / name).read_text()
+        assert not any((tmp_path / "back" / name).exists() for name in dropped)
+
+
+def test_a_pool_that_transformers_does_not_have_is_said(tmp_path):
+    source = make_source(tmp_path / "source", "llava")
+    for pool, said in ((None, ""), ((1, 1), "a frame has 1 tokens here and 16 in transformers")):
+        model = bring_in(source, tmp_path / f"model-{pool}", pool=pool)
+        console = rich.console.Console(record=True, width=200)
+        send_out(model, tmp_path / f"back-{pool}", console=console)
+        shown = console.export_text()
+        assert said in shown
+        assert bool(said) == ("config.json cannot say otherwise" in shown)
 
 
 def test_float16_comes_back_exactly_through_float32(tmp_path):

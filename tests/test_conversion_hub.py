@@ -73,6 +73,18 @@ def test_bin_files_are_left_when_there_are_safetensors(tmp_path, monkeypatch):
     assert not (tmp_path / "pytorch_model.bin").exists()
 
 
+def test_an_unusable_model_is_refused_before_its_weights_are_downloaded(tmp_path, monkeypatch):
+    serve(monkeypatch, tmp_path, ["config.json", "model.safetensors"])
+
+    def refuse(directory):
+        assert (directory / "config.json").exists()
+        raise UserError("of no use")
+
+    with pytest.raises(UserError, match="of no use"):
+        resolve("org/model", refuse)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["model", "../model", "./org/model", "/org/model", "a b/c", "~/model"]
 )

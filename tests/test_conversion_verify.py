@@ -12,6 +12,7 @@ from videollm_mod_jax.conversion.families import plan_conversion
 from videollm_mod_jax.conversion.importing import import_model
 from videollm_mod_jax.conversion.plan import Options
 from videollm_mod_jax.conversion.verify import difference, divergence, verify
+from videollm_mod_jax.data.video import write_video
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.training.checkpoint import load_model, save_model
 
@@ -116,6 +117,14 @@ def test_sees_a_picture_through_the_processor_of_the_source(llava, tmp_path):
     assert run(*llava, image=str(tmp_path / "picture.png"), prompt="A cat")[0]
     with pytest.raises(UserError, match=r"text\.png cannot be read as a picture"):
         run(*llava, image=str(tmp_path / "text.png"))
+
+
+def test_sees_the_frames_of_a_video(llava, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (30, 24, 32, 3), np.uint8)
+    write_video(tmp_path / "clip.mp4", frames, fps=10)
+    verdict, text = run(*llava, video=str(tmp_path / "clip.mp4"))
+    assert verdict
+    assert "3 x 16 x 16" in text  # three seconds, one frame each
 
 
 @pytest.mark.parametrize("layout", ["without a tower", "with a tower"])

@@ -21,7 +21,12 @@ from videollm_mod_jax import cli
 from videollm_mod_jax.conversion import hub
 from videollm_mod_jax.conversion.exporting import DTYPES as EXPORT_DTYPES
 from videollm_mod_jax.conversion.exporting import export_model
-from videollm_mod_jax.conversion.families import ADAPTERS, FAMILIES, plan_conversion
+from videollm_mod_jax.conversion.families import (
+    ADAPTERS,
+    FAMILIES,
+    check_supported,
+    plan_conversion,
+)
 from videollm_mod_jax.conversion.importing import import_model
 from videollm_mod_jax.conversion.inspecting import inspect
 from videollm_mod_jax.conversion.manifest import Manifest, read_manifest
@@ -84,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _from_hf(arguments: argparse.Namespace, console: rich.console.Console) -> None:
     destination = Path(arguments.destination)
-    conversion = plan_conversion(hub.resolve(arguments.source), _options(arguments))
+    source = hub.resolve(arguments.source, check_supported)
+    conversion = plan_conversion(source, _options(arguments))
     manifest = import_model(conversion, destination, overwrite=arguments.overwrite, console=console)
     print(_made(conversion, manifest, destination))
     print(_next_commands(conversion, arguments))

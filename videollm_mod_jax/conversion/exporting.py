@@ -15,6 +15,7 @@ import rich.console
 
 from videollm_mod_jax.conversion import destination as output
 from videollm_mod_jax.conversion.adapter import export_adapter
+from videollm_mod_jax.conversion.companions import restore_companions
 from videollm_mod_jax.conversion.families import Export, export_plan
 from videollm_mod_jax.conversion.loading import CACHED_BYTES, slabs
 from videollm_mod_jax.conversion.manifest import Manifest, PartRecord, read_manifest
@@ -111,6 +112,8 @@ def export_model(
                 for name, size in _write_tensors(model, piece, slots, merge):
                     bar.update(task, advance=size, description=name)
                 _write_description(where, piece, directory, dtype)
+                if piece.export.note:
+                    console.print(piece.export.note)
         output.put_in_place(work, destination)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -301,6 +304,8 @@ def _write(name: str, slot: _Slot, part: tuple[int, int], tensor: np.ndarray) ->
 
 def _write_description(directory: Path, piece: _Piece, model: Path, dtype: str) -> None:
     config = dict(piece.export.config)
+    if piece.record is not None:
+        restore_companions(model, piece.role, directory)
     if piece.role == "adapter":
         write_json(directory / "adapter_config.json", config)
         return
@@ -308,8 +313,9 @@ def _write_description(directory: Path, piece: _Piece, model: Path, dtype: str) 
         config |= {key: dtype for key in ("torch_dtype", "dtype") if key in config}
     write_json(directory / "config.json", config)
     if piece.role == "model" and (model / "tokenizer.json").exists():
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(model / name, directory / name)
+        shutil.copyfile(model / "tokenizer.json", directory / "tokenizer.json")
+        if not (directory / "tokenizer_config.json").exists():
+            shutil.copyfile(model / "tokenizer_config.json", directory / "tokenizer_config.json")
 
 
 def _size(dtype: np.dtype, shape: tuple[int, ...]) -> int:

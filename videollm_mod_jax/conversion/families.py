@@ -20,10 +20,12 @@ class Export:
     Attributes:
       table: what its tensors are made of.
       config: its `config.json`.
+      note: what that cannot say of the model; empty if it says all.
     """
 
     table: Table
     config: Mapping[str, Any]
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,16 @@ def draft_model(directory: Path, options: Options) -> Draft:
     hf = drafting.read_config(directory)
     family = find_family(hf, str(directory / drafting.CONFIG))
     return family.draft(hf, open_source(directory), options)
+
+
+def check_supported(directory: Path) -> None:
+    """Checks that a directory's config is one that can be converted; needs no weights.
+
+    Raises:
+      UserError: no family has its model type, or there is no config.
+    """
+    if not adapter.is_adapter(directory):
+        find_family(drafting.read_config(directory), str(directory / drafting.CONFIG))
 
 
 def export_plan(
@@ -157,9 +169,19 @@ def _llava_exporter(
     def export(config: VideoLLMConfig, layout: str, original: Mapping[str, Any] | None) -> Export:
         config.require("decoder", "vision")
         names = llava.LAYOUTS[layout]
+        hf = original or llava.llava_to_hf(config, family)
+        note = ""
+        if "mm_vision_tower" not in hf:
+            there = llava.llava_from_hf(hf, None, drafting.CONFIG)[1].tokens_per_frame
+            if there != config.tokens_per_frame:
+                note = (
+                    f"a frame has {config.tokens_per_frame} tokens here and {there} in "
+                    "transformers, whose config.json cannot say otherwise (--pool)"
+                )
         return Export(
             table=llava.llava_table(config.decoder, config.vision, config.newline, names),
-            config=original or llava.llava_to_hf(config, family),
+            config=hf,
+            note=note,
         )
 
     return export

@@ -14,7 +14,7 @@ _TORCH = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "adapter_model.bin")
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, check: Callable[[Path], None] | None = None) -> Path:
     """The directory of a checkpoint, downloaded into the cache of the Hub where it is not local.
 
     What is there already is not downloaded again, and an interrupted download goes on where it
@@ -22,6 +22,8 @@ def resolve(name: str) -> Path:
 
     Args:
       name: a directory, or `organisation/model` on the Hub.
+      check: called with the directory when its configs are there, and before gigabytes of weights
+        are downloaded; raises a UserError if these are of no use.
 
     Raises:
       UserError: it is neither, the model is gated, the Hub cannot be reached, or `huggingface_hub`
@@ -41,9 +43,12 @@ def resolve(name: str) -> Path:
             f"{name} is not a directory here; to download it from the Hub, pip install "
             "huggingface_hub"
         ) from error
-    directory = _download(huggingface_hub.snapshot_download, name, (*_DESCRIPTION, *_SAFETENSORS))
+    directory = _download(huggingface_hub.snapshot_download, name, _DESCRIPTION)
+    if check is not None:
+        check(directory)
+    _download(huggingface_hub.snapshot_download, name, _SAFETENSORS)
     if not any(directory.glob("*.safetensors")):
-        directory = _download(huggingface_hub.snapshot_download, name, (*_DESCRIPTION, *_TORCH))
+        _download(huggingface_hub.snapshot_download, name, _TORCH)
     return directory
 
 

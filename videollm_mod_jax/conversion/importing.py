@@ -23,6 +23,7 @@ from flax.traverse_util import unflatten_dict
 from rich import progress
 
 from videollm_mod_jax.conversion import destination as output
+from videollm_mod_jax.conversion.companions import keep_companions
 from videollm_mod_jax.conversion.loading import VariableReader, check_repeats, fresh_variables
 from videollm_mod_jax.conversion.manifest import (
     TABLE_VERSION,
@@ -104,6 +105,8 @@ def _import(
             _take_weights(work / _ORBAX, model)
         hashes = _hashes(conversion, bar)
     write_description(model, conversion.config, tokenizer, conversion.system)
+    for part in conversion.parts:
+        keep_companions(part.source.directory, model, part.role)
     dtypes = {path: leaf.dtype for path, leaf in reader.shapes.items()}
     manifest = describe(conversion, dtypes, hashes)
     write_manifest(model, manifest)

@@ -4,8 +4,9 @@
     DIR/tokenizer.json, tokenizer_config.json
     DIR/dialogue.json             the instruction that opens every conversation
     DIR/config.json               the run's configuration; a converted model has none
-    DIR/conversion.json           what a converted model was made of; a run that starts from one
-                                  has it too
+    DIR/conversion.json           what a converted model was made of, and
+    DIR/conversion/               the small files beside its sources; a run that starts from a
+                                  converted model has both too
     DIR/weights/                  variables that no update changes, written once
     DIR/checkpoints/<step>/       trained/ optimizer/ meta/, the newest few
 
@@ -37,6 +38,7 @@ MODEL_FILE = "model.json"
 DIALOGUE_FILE = "dialogue.json"
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "conversion.json"
+COMPANIONS = "conversion"
 WEIGHTS = "weights"
 CHECKPOINTS = "checkpoints"
 

@@ -12,7 +12,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM, VideoLLMConfig
-from videollm_mod_jax.training.checkpoint import MANIFEST_FILE, load_model, read_model_config
+from videollm_mod_jax.training.checkpoint import (
+    COMPANIONS,
+    MANIFEST_FILE,
+    load_model,
+    read_model_config,
+)
 from videollm_mod_jax.training.optimizer import Variables
 from videollm_mod_jax.training.sharding import Layout, abstract_variables
 
@@ -106,6 +111,8 @@ def init_part(
 
 
 def carry_manifest(directory: Path, workdir: Path) -> None:
-    """Copies the manifest of a converted model to a run that starts from it, for the way back."""
+    """Copies what a converted model was made of to a run that starts from it, for the way back."""
     if (directory / MANIFEST_FILE).exists():
         shutil.copyfile(directory / MANIFEST_FILE, workdir / MANIFEST_FILE)
+    if (directory / COMPANIONS).exists():
+        shutil.copytree(directory / COMPANIONS, workdir / COMPANIONS, dirs_exist_ok=True)
