@@ -172,7 +172,7 @@ def test_refuses_a_model_of_another_source(hf, llava, tmp_path):
 def test_says_what_to_install(llava, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"torch is not installed: pip install 'videollm_mod_jax\["):
-        run(*llava)
+        run(*llava, image="picture.png")
 
 
 def test_refuses_no_tokens(llava):

@@ -5,6 +5,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 
 from videollm_mod_jax.conversion.plan import Conversion
 from videollm_mod_jax.data.tokenizer import Tokenizer
@@ -129,7 +130,6 @@ def _processor_directory(conversion: Conversion) -> Path:
 
 def _prepared(directory: Path, file: Path) -> tuple[np.ndarray, anyres.Size | None]:
     """Views of a picture, as the family's own image processor makes them, and its size if cut."""
-    import PIL.Image
     import transformers
 
     names = ("preprocessor_config.json", "processor_config.json")

@@ -184,7 +184,7 @@ def load_reference(conversion: Conversion, param_dtype: str, dtype: str) -> Refe
     Raises:
       UserError: torch, transformers or, for an adapter, peft is not installed.
     """
-    torch, transformers = _import_packages(conversion)
+    torch, transformers = import_packages(conversion)
     parts = {part.role: part for part in conversion.parts}
     kind = {"dtype": getattr(torch, param_dtype)}
     first, model, tower = parts["model"], None, None
@@ -208,7 +208,12 @@ def load_reference(conversion: Conversion, param_dtype: str, dtype: str) -> Refe
     return Reference(torch, transformers, model, tower, conversion.config.vision)
 
 
-def _import_packages(conversion: Conversion) -> tuple[ModuleType, ModuleType]:
+def import_packages(conversion: Conversion) -> tuple[ModuleType, ModuleType]:
+    """Imports torch and transformers, and sees that peft is there where an adapter needs it.
+
+    Raises:
+      UserError: one of them is not installed.
+    """
     try:
         import torch
         import transformers

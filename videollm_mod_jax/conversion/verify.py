@@ -17,7 +17,7 @@ from videollm_mod_jax.conversion.cases import Case, make_cases
 from videollm_mod_jax.conversion.families import plan_conversion
 from videollm_mod_jax.conversion.llava import DEFAULTS as LLAVAS
 from videollm_mod_jax.conversion.plan import Conversion, Options
-from videollm_mod_jax.conversion.reference import load_reference
+from videollm_mod_jax.conversion.reference import import_packages, load_reference
 from videollm_mod_jax.conversion.stages import Stages
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLMConfig, full_computation
@@ -72,6 +72,7 @@ def verify(
     if conversion.parts[0].family in LLAVAS:
         # transformers pools as the family does.
         conversion = plan_conversion(source, dataclasses.replace(options, pool=None))
+    import_packages(conversion)
     stored = read_model_config(model)
     _check_same_model(conversion.config, stored, source, model)
     dtype = "float32" if options.dtype == "auto" else options.dtype
