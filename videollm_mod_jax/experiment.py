@@ -26,7 +26,7 @@ from videollm_mod_jax.models.config import VideoLLMConfig
 from videollm_mod_jax.models.plan import config_plan
 from videollm_mod_jax.models.presets import decoder_preset, vision_preset
 from videollm_mod_jax.training.checkpoint import read_model_config
-from videollm_mod_jax.training.loop import TrainingConfig
+from videollm_mod_jax.training.run import TrainingConfig
 from videollm_mod_jax.training.sharding import make_layout
 from videollm_mod_jax.training.tower import TowerConfig, check_vision
 
