@@ -31,6 +31,11 @@ def pixels(count):
     return RNG.normal(size=(count, 16, 16, 3)).astype(np.float32)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)  # for what PEFT initialises
+
+
 CASES = {
     "llama": Case(name="text", after=tuple(range(20, 50))),
     "llava": Case(

@@ -71,30 +71,34 @@ def perturbed(model, seed: int = 0):
     return model.eval()
 
 
+def made(model_class, config):
+    """A random model, the same one every time."""
+    torch.manual_seed(0)
+    return perturbed(model_class(config))
+
+
 def llama(**changes):
     """LlamaForCausalLM with grouped queries."""
     config = transformers.LlamaConfig(**{**TEXT, **changes})
-    return perturbed(transformers.LlamaForCausalLM(config))
+    return made(transformers.LlamaForCausalLM, config)
 
 
 def qwen2(**changes):
     """Qwen2ForCausalLM, which has biases on q, k and v."""
     config = transformers.Qwen2Config(**{**TEXT, **changes})
-    return perturbed(transformers.Qwen2ForCausalLM(config))
+    return made(transformers.Qwen2ForCausalLM, config)
 
 
 def siglip(**changes):
     """SiglipVisionModel with its pooling head."""
-    return perturbed(
-        transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**{**SIGLIP, **changes}))
-    )
+    config = transformers.SiglipVisionConfig(**{**SIGLIP, **changes})
+    return made(transformers.SiglipVisionModel, config)
 
 
 def clip(**changes):
     """CLIPVisionModel."""
-    return perturbed(
-        transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**{**CLIP, **changes}))
-    )
+    config = transformers.CLIPVisionConfig(**{**CLIP, **changes})
+    return made(transformers.CLIPVisionModel, config)
 
 
 def llava(**changes):
@@ -105,7 +109,7 @@ def llava(**changes):
         image_token_index=IMAGE_ID,
         **changes,
     )
-    return perturbed(transformers.LlavaForConditionalGeneration(config))
+    return made(transformers.LlavaForConditionalGeneration, config)
 
 
 def llava_next_video(**changes):
@@ -118,7 +122,7 @@ def llava_next_video(**changes):
         image_grid_pinpoints=pinpoints(16),
         **changes,
     )
-    return perturbed(transformers.LlavaNextVideoForConditionalGeneration(config))
+    return made(transformers.LlavaNextVideoForConditionalGeneration, config)
 
 
 def llava_onevision(**changes):
@@ -132,7 +136,7 @@ def llava_onevision(**changes):
         vision_aspect_ratio="anyres_max_4",
         **changes,
     )
-    return perturbed(transformers.LlavaOnevisionForConditionalGeneration(config))
+    return made(transformers.LlavaOnevisionForConditionalGeneration, config)
 
 
 def tokenizer(directory: Path):
