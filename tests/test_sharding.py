@@ -1,15 +1,18 @@
 """Layouts: the same step on eight devices, and constraints that are really there."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from tests import tiny_training
+from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM
 from videollm_mod_jax.training import sharding
 
@@ -105,3 +108,49 @@ def test_one_device_is_a_mesh_of_one():
     layout = sharding.make_layout("fsdp_tensor", (1, -1, 1))
     assert layout.mesh.size == jax.device_count() == 1
     assert layout.batch_shards == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What a mesh asks of a device of a multi-slice job."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "fake"
+    device_kind: str = "fake"
+
+
+def slices_on_mesh(shape, slices=2, each=4):
+    # Not in the order of their slices, as jax.devices() need not be.
+    devices = [FakeDevice(i, i % slices) for i in range(slices * each)]
+    return np.vectorize(lambda device: device.slice_index)(
+        sharding.arrange_slices(shape, slices, devices)
+    )
+
+
+def test_data_crosses_slices_and_the_other_axes_stay_inside_them():
+    # The example of the docstring.
+    np.testing.assert_array_equal(slices_on_mesh((2, 4, 1))[..., 0], [[0, 0, 0, 0], [1, 1, 1, 1]])
+    np.testing.assert_array_equal(slices_on_mesh((1, 8, 1)).ravel(), [0, 0, 0, 0, 1, 1, 1, 1])
+    for shape in ((4, 1, 2), (2, 2, 2), (4, 2, 1), (8, 1, 1)):
+        on_mesh = slices_on_mesh(shape)
+        assert (on_mesh == on_mesh[:, :1, :1]).all(), shape
+        assert [list(on_mesh[:, 0, 0]).count(i) for i in (0, 1)] == [shape[0] // 2] * 2
+    with pytest.raises(UserError, match="make the first size a multiple of 2"):
+        slices_on_mesh((1, 1, 8))
+
+
+def test_devices_that_form_slices_are_arranged_by_them(monkeypatch):
+    # Mesh takes real devices only; what matters is which arrangement it is given.
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, axes, axis_types: devices)
+    devices = [FakeDevice(i, i // 4) for i in range(8)]
+    layout = sharding.make_layout("fsdp", (2, -1, 1), devices)
+    ids = np.vectorize(lambda device: device.id)(layout.mesh)
+    np.testing.assert_array_equal(ids[..., 0], [[0, 1, 2, 3], [4, 5, 6, 7]])
+
+
+@pytest.mark.parametrize("mesh", [(2, 1, 1), (-1, -1, 1), (0, -1, 1), (-1, 2, 1), (-2, -1, 1)])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh):
+    with pytest.raises(UserError, match="it does not fit the 1 devices here"):
+        sharding.make_layout("fsdp", mesh)

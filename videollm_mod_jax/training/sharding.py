@@ -7,13 +7,14 @@ said here, as data, and nowhere else. One device is a mesh of one.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from videollm_mod_jax.errors import UserError
@@ -108,29 +109,80 @@ class Layout:
         }
 
 
-def make_layout(rule_set: str, mesh_shape: tuple[int, int, int]) -> Layout:
+def make_layout(
+    rule_set: str, mesh_shape: tuple[int, int, int], devices: Sequence[jax.Device] | None = None
+) -> Layout:
     """Makes a mesh of all devices there are.
 
     Args:
       rule_set: a name in `RULES`.
       mesh_shape: devices along data, fsdp and tensor; one of them may be -1, "the rest".
+      devices: to make it of; None takes those of all processes.
 
     Raises:
-      UserError: an unknown rule set, or a shape that does not fit the number of devices.
+      UserError: an unknown rule set, or a shape that does not fit the devices.
     """
     if rule_set not in RULES:
         raise UserError(f"sharding is {rule_set!r}; choose one of {', '.join(RULES)}")
-    devices = jax.device_count()
-    known = math.prod(size for size in mesh_shape if size != -1)
-    shape = tuple(devices // known if size == -1 else size for size in mesh_shape)
-    if mesh_shape.count(-1) > 1 or min(shape) < 1 or math.prod(shape) != devices:
+    devices = jax.devices() if devices is None else devices
+    count, given = len(devices), [size for size in mesh_shape if size != -1]
+    rest = count // max(math.prod(given), 1)
+    shape = tuple(rest if size == -1 else size for size in mesh_shape)
+    if len(given) < 2 or min(shape) < 1 or math.prod(shape) != count:
         raise UserError(
             f"mesh is {mesh_shape} (devices along {', '.join(MESH_AXES)}); it does not fit the "
-            f"{devices} devices here: the product must be {devices}, and one size may be -1"
+            f"{count} devices here: the product must be {count}, and one size may be -1"
         )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     # Auto, not the default Explicit: under Explicit axes every gather needs a sharding by hand.
-    mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if slices == 1:
+        mesh = jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    else:
+        mesh = Mesh(arrange_slices(shape, slices, devices), MESH_AXES, axis_types=types)
     return Layout(mesh, RULES[rule_set])
+
+
+def arrange_slices(
+    shape: tuple[int, int, int], slices: int, devices: Sequence[jax.Device]
+) -> np.ndarray:
+    """Places the devices of several slices, which a slow network connects, on a mesh.
+
+    The network between slices carries the outermost axis that can be: data, whose devices meet
+    once per update, and what data is too short for, fsdp. Tensor stays inside a slice.
+
+    ```
+    slices 2, shape (2, 4, 1)    data 0: slice 0 0 0 0      shape (1, 8, 1)    0 0 0 0 1 1 1 1
+                                 data 1: slice 1 1 1 1
+    ```
+
+    Args:
+      shape: devices along data, fsdp and tensor; its product is their number.
+      slices: how many `slice_index`es the devices have.
+      devices: as many of each slice.
+
+    Returns:
+      Array of devices of that shape.
+
+    Raises:
+      UserError: tensor would have to cross slices.
+    """
+    data = math.gcd(shape[0], slices)
+    fsdp = slices // data
+    if shape[1] % fsdp:
+        raise UserError(
+            f"mesh is {shape} (devices along {', '.join(MESH_AXES)}), which does not fit {slices} "
+            f"slices: make the first size a multiple of {slices}, so that slices share gradients "
+            "alone"
+        )
+    inside = (shape[0] // data, shape[1] // fsdp, shape[2])
+    return mesh_utils.create_hybrid_device_mesh(
+        inside,
+        (data, fsdp, 1),
+        devices,
+        # As jax.make_mesh does where the links of a slice form a plane.
+        allow_split_physical_axes=devices[0].device_kind in ("TPU v5 lite", "TPU v5e"),
+    )
 
 
 def abstract_variables(model: VideoLLM, layout: Layout | None) -> Variables:
