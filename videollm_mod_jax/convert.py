@@ -118,6 +118,7 @@ def _to_hf(arguments: argparse.Namespace, console: rich.console.Console) -> None
 
 
 def _verify(arguments: argparse.Namespace, console: rich.console.Console) -> bool:
+    del console  # the tables are the result, and go to stdout
     # torch and transformers, of the extra `parity`, are loaded by this verb only.
     from videollm_mod_jax.conversion.verify import verify
 
@@ -130,7 +131,7 @@ def _verify(arguments: argparse.Namespace, console: rich.console.Console) -> boo
         video=arguments.video,
         max_kl=arguments.max_kl,
         tokens=arguments.tokens,
-        console=console,
+        console=rich.console.Console(),
     )
 
 
@@ -183,7 +184,7 @@ def _made(conversion: Conversion, manifest: Manifest, destination: Path) -> str:
 def _next_commands(conversion: Conversion, arguments: argparse.Namespace) -> str:
     prefix = "python -m videollm_mod_jax."
     given = [arguments.source, arguments.destination]
-    for name in ("base", "vision_tower", "mod", "weighting", "pool", "dtype", "tokenizer"):
+    for name in ("base", "vision_tower", "mod", "weighting", "pool", "tokenizer"):
         value = getattr(arguments, name)
         if value not in (None, "auto"):
             given += [f"--{name.replace('_', '-')}", value]
@@ -242,7 +243,8 @@ def _add_from_hf(commands) -> None:
                    _FROM_HF_EXAMPLES)  # fmt: skip
     add("source", metavar="SRC", help="a directory as downloaded from the Hub, or a name there")
     add("destination", metavar="DST", help="directory to make; it appears when it is complete")
-    _add_conversion_options(add)
+    dtype = "of frozen weights; auto keeps float32 and makes bfloat16 of halves"
+    _add_conversion_options(add, dtype)
     add("--overwrite", action="store_true", help="replace the converted model in DST")
 
 
@@ -271,17 +273,18 @@ def _add_verify(commands) -> None:
                    "layer (needs the extra `parity`)", _VERIFY_EXAMPLES)  # fmt: skip
     add("source", metavar="SRC", help="what from-hf converted")
     add("model", metavar="DST", help="the model that came of it")
-    _add_conversion_options(add)
-    add("--prompt", help="text to compare on")
-    add("--image", metavar="FILE", help="compare on a picture as well")
-    add("--video", metavar="FILE", help="compare on a video as well")
+    dtype = "to compute in, whatever the weights are stored in; auto is float32"
+    _add_conversion_options(add, dtype)
+    add("--prompt", help="text to compare on; by default one of ours")
+    add("--image", metavar="FILE", help="picture to compare on; by default random pixels")
+    add("--video", metavar="FILE", help="video to compare on; by default random frames")
     add("--max-kl", type=float, default=1e-3, metavar="NATS", help="largest divergence of the next "
         "token's distribution that passes; by default %(default)s")  # fmt: skip
     add("--tokens", type=int, default=32, metavar="N", help="greedy tokens to compare; by default "
         "%(default)s")  # fmt: skip
 
 
-def _add_conversion_options(add) -> None:
+def _add_conversion_options(add, dtype: str) -> None:
     add("--base", metavar="DIR", help="the model that an adapter adapts; by default the one that "
         "its config names")  # fmt: skip
     add("--vision-tower", metavar="DIR", help="vision tower of a checkpoint that holds none")
@@ -291,8 +294,7 @@ def _add_conversion_options(add) -> None:
     add("--weighting", choices=WEIGHTINGS, help="of the kept tokens; by default tanh1, with which "
         "the kept path starts as the pretrained block")  # fmt: skip
     add("--pool", metavar="HxW", help="spatial tokens per frame; by default the family's")
-    add("--dtype", choices=DTYPES, default="auto", help="of frozen weights; auto keeps float32 and "
-        "makes bfloat16 of halves")  # fmt: skip
+    add("--dtype", choices=DTYPES, default="auto", help=dtype)
     add("--merge", action="store_true", help="add an adapter to the kernels")
     add("--tokenizer", metavar="DIR", help="tokenizer.json to use; by default the one in SRC")
     add("--system", default="", metavar="TEXT", help="instruction that opens every conversation")
@@ -319,7 +321,9 @@ _TO_HF_EXAMPLES = """examples:
 _VERIFY_EXAMPLES = """examples:
   python -m videollm_mod_jax.convert verify llava-hf/llava-1.5-7b-hf models/llava --image cat.png
 
-Exits with status 1 where they differ. Give the options that from-hf was given."""
+One model is in memory at a time: seven billion parameters take 28 GB in float32, and 14 GB with
+--dtype bfloat16, where a larger --max-kl may be rounding alone. Exits with status 1 where they
+differ. Give the other options that from-hf was given."""
 
 
 if __name__ == "__main__":
