@@ -41,12 +41,13 @@ _REPLICATE: Rules = {
     "lora_rank": None,
     "layers": None,
 }
+_FSDP: Rules = dict.fromkeys(("embed", "lora_rank"), "fsdp")
 _TENSOR: Rules = dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), "tensor")
 
 RULES: Mapping[str, Rules] = {
     "replicate": _REPLICATE,
-    "fsdp": {**_REPLICATE, "embed": "fsdp"},
-    "fsdp_tensor": {**_REPLICATE, **_TENSOR, "embed": "fsdp"},
+    "fsdp": {**_REPLICATE, **_FSDP},
+    "fsdp_tensor": {**_REPLICATE, **_FSDP, **_TENSOR},
 }
 """By rule set: the mesh axes over which each logical axis is split."""
 
@@ -89,16 +90,23 @@ class Layout:
         """Mesh axes of an array with logical axis names, given its shape.
 
         An axis whose size the mesh does not divide stays whole (key/value heads on a large tensor
-        axis).
+        axis). Where two claim the same mesh axis, the longer one has it: `lora_rank` is split only
+        where the other side of an adapter is not.
+
+        ```
+        mesh (1, 8, 1), rules fsdp       embed, lora_rank  [4096, 128]  ->  fsdp, None
+                                         lora_rank, heads  [128, 4096]  ->  fsdp, None
+                                         lora_rank, embed  [128, 4096]  ->  None, fsdp
+        ```
 
         Raises:
           KeyError: a name that the rules do not know.
         """
-        axes = []
-        for name, size in zip(names, shape, strict=True):
-            axis = None if name is None else self.rules[name]
-            parts = 1 if axis is None else self.mesh.shape[axis]
-            axes.append(axis if size % parts == 0 else None)
+        axes: list[str | None] = [None] * len(shape)
+        for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
+            axis = None if names[i] is None else self.rules[names[i]]
+            if axis is not None and axis not in axes and shape[i] % self.mesh.shape[axis] == 0:
+                axes[i] = axis
         return PartitionSpec(*axes)
 
     def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
