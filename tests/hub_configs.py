@@ -105,6 +105,11 @@ LLAVA_15_7B = {
 }
 LLAVA_NEXT_VIDEO_7B = {
     **LLAVA_15_7B,
+    "text_config": {
+        **LLAVA_15_7B["text_config"],
+        "rope_scaling": {"factor": 2.5, "rope_type": "linear", "type": "linear"},
+        "type": "linear",
+    },
     "model_type": "llava_next_video",
     "architectures": ["LlavaNextVideoForConditionalGeneration"],
     "image_token_index": 32001,

@@ -25,7 +25,11 @@ from videollm_mod_jax.models.config import RopeScaling
 from videollm_mod_jax.models.presets import decoder_preset, vision_preset
 
 LLAMA31_SCALING = RopeScaling(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+    kind="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_positions=8192,
 )
 ROPE = LLAMA31_8B["rope_scaling"]
 
@@ -71,6 +75,12 @@ def test_rope_is_read_in_every_spelling(rope):
     assert decoder_from_hf(decoder_to_hf(decoder), "x") == decoder
 
 
+def test_linear_rope_is_read_as_llava_next_video_spells_it():
+    decoder = llava_from_hf(LLAVA_NEXT_VIDEO_7B, None, "x")[0]
+    assert decoder.rope_scaling == RopeScaling(kind="linear", factor=2.5)
+    assert decoder_from_hf(decoder_to_hf(decoder), "x") == decoder
+
+
 def test_rope_parameters_without_a_type_are_the_plain_ones():
     decoder = decoder_from_hf({"model_type": "llama", "rope_parameters": {"rope_theta": 5.0}}, "x")
     assert (decoder.rope_theta, decoder.rope_scaling) == (5.0, None)
@@ -93,10 +103,7 @@ def test_key_value_heads_and_head_width_default_to_the_heads():
         ({"num_experts": 8}, "num_experts is set"),
         ({"hidden_size": "4096"}, "hidden_size is '4096'; expected a whole number"),
         ({"rms_norm_eps": [1e-5]}, "rms_norm_eps is .*expected a number"),
-        (
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_scaling: rope_type is 'linear'",
-        ),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is None; expected a number"),
         (
             {"rope_scaling": {"rope_type": "yarn", "beta_fast": 32}},
             "rope_scaling: rope_type is 'yarn'",

@@ -315,9 +315,24 @@ def test_attend_sees_what_its_drawn_example_draws():
     assert seen == [[True, True, True, False, False], [True, True, True, True, False]]
 
 
+def test_linear_rope_scaling_divides_every_frequency():
+    scaled = rope_frequencies(16, 10_000.0, RopeScaling(kind="linear", factor=2.5))
+    np.testing.assert_allclose(scaled, rope_frequencies(16, 10_000.0, None) / 2.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{"kind": "linear", "low_freq_factor": 1.0}, {"kind": "llama3"}])
+def test_rope_scaling_with_the_fields_of_another_kind_is_refused(fields):
+    with pytest.raises(UserError, match="rope_scaling.low_freq_factor is"):
+        RopeScaling(factor=2.0, **fields)
+
+
 def test_llama31_rope_scaling_matches_its_piecewise_definition():
     scaling = RopeScaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+        kind="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_positions=8192,
     )
     plain, scaled = (
         rope_frequencies(128, 500_000.0, None),

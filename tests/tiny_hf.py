@@ -114,8 +114,9 @@ def llava(**changes):
 
 def llava_next_video(**changes):
     """LLaVA-NeXT-Video: pictures in crops, video frames averaged over 2 x 2 patches."""
+    rope = {"rope_type": "linear", "factor": 2.5, "rope_theta": 10_000.0}
     config = transformers.LlavaNextVideoConfig(
-        text_config={**TEXT, "model_type": "llama"},
+        text_config={**TEXT, "model_type": "llama", "rope_parameters": rope},
         vision_config=CLIP,
         image_token_index=IMAGE_ID,
         video_token_index=VIDEO_ID,

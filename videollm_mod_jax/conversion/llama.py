@@ -145,7 +145,9 @@ def decoder_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
     }
     scaling = config.rope_scaling
-    if scaling is not None:
+    if scaling is not None and scaling.kind == "linear":
+        hf["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
+    elif scaling is not None:
         hf["max_position_embeddings"] = int(scaling.factor * scaling.original_max_positions)
         hf["rope_scaling"] = {
             "rope_type": "llama3",
@@ -236,7 +238,7 @@ def _rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | N
         },
         rope,
     )
-    kind = require_one_of(rope, "rope_type", ("default", "llama3"), where)
+    kind = require_one_of(rope, "rope_type", ("default", "linear", "llama3"), where)
     require_one_of(rope, "partial_rotary_factor", (1.0,), where)
     for name in rope:
         if name not in _ROPE_KEYS:
@@ -244,8 +246,12 @@ def _rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | N
     theta = number(rope, "rope_theta", where)
     if kind == "default":
         return theta, None
+    factor = number(rope, "factor", where)
+    if kind == "linear":
+        return theta, RopeScaling(kind=kind, factor=factor)
     return theta, RopeScaling(
-        factor=number(rope, "factor", where),
+        kind=kind,
+        factor=factor,
         low_freq_factor=number(rope, "low_freq_factor", where),
         high_freq_factor=number(rope, "high_freq_factor", where),
         original_max_positions=integer(rope, "original_max_position_embeddings", where),

@@ -20,14 +20,16 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     Args:
       head_dim: E, even.
       theta: base; frequency i is theta ** (-2 i / E).
-      scaling: the Llama 3.1 rescaling, or None. Source: `_compute_llama3_parameters` of
-        transformers' `modeling_rope_utils.py`.
+      scaling: see `RopeScaling`. Source: `_compute_linear_scaling_rope_parameters` and
+        `_compute_llama3_parameters` of transformers' `modeling_rope_utils.py`.
 
     Returns:
       float32 [E / 2].
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is not None:
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None:
         wavelengths = 2 * np.pi / frequencies
         # 0 where the wavelength is long (stretch), 1 where it is short (keep), linear between.
         smooth = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (

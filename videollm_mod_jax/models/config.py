@@ -20,17 +20,30 @@ WEIGHTINGS = ("paper", "official", "tanh1", "none")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """The Llama 3.1 rescaling of rotary frequencies (`rope_type: llama3` in Hugging Face configs).
+    """A rescaling of rotary frequencies, for longer contexts than a model was first trained on.
 
-    Wavelengths shorter than `original_max_positions / high_freq_factor` tokens are kept, those
-    longer than `original_max_positions / low_freq_factor` are stretched by `factor`, and those
-    between are interpolated.
+    Attributes:
+      kind: `linear` stretches all wavelengths by `factor` (LLaVA-NeXT-Video). `llama3` keeps those
+        shorter than `original_max_positions / high_freq_factor` tokens, stretches those longer
+        than `original_max_positions / low_freq_factor`, and interpolates between (Llama 3.1).
+      factor: of the stretch.
+      low_freq_factor, high_freq_factor, original_max_positions: of `llama3`; None for `linear`.
     """
 
+    kind: str
     factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_positions: int | None = None
+
+    def __post_init__(self):
+        require_choice("rope_scaling.kind", self.kind, ("linear", "llama3"))
+        for field in ("low_freq_factor", "high_freq_factor", "original_max_positions"):
+            require(
+                (getattr(self, field) is None) == (self.kind == "linear"),
+                f"rope_scaling.{field} is {getattr(self, field)}, which does not go with kind "
+                f"{self.kind!r}: llama3 needs a number, linear has none",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +59,7 @@ class DecoderConfig:
       num_kv_heads: G, key/value heads; divides `num_heads`.
       head_dim: E.
       rope_theta: base of the rotary frequencies.
-      rope_scaling: the Llama 3.1 rescaling, or None.
+      rope_scaling: of the rotary frequencies, or None.
       norm_eps: added to the mean square in RMSNorm.
       qkv_bias: biases on q, k and v (Qwen2).
       tie_embeddings: the output head is the transposed embedding table.
