@@ -65,24 +65,25 @@ def small():
 def test_every_config_traces_its_train_step(path, converted):
     assert path.read_text().split("\n")[2].strip().startswith("python -m videollm_mod_jax.")
     arguments = [str(converted)] if path.stem == "finetune" else []
-    run = experiment.Experiment.from_table(experiment.plain(config_of(path, *arguments)))
-    layout = sharding.make_layout(run.training.sharding, run.training.mesh)
-    schedule = optimizer.learning_rate_schedule(run.training.optimizer, run.training.steps)
-    adamw = optimizer.make_optimizer(run.training.optimizer, schedule)
-    model = VideoLLM(run.model, scan=run.training.scan, remat=run.training.remat)
-    state, frozen = sharding.abstract_training(model, adamw, run.training.trainable, layout)
+    table = experiment.plain(config_of(path, *arguments))
+    config, data, training = experiment.read_training(table)
+    layout = sharding.make_layout(training.sharding, training.mesh)
+    schedule = optimizer.learning_rate_schedule(training.optimizer, training.steps)
+    adamw = optimizer.make_optimizer(training.optimizer, schedule)
+    model = VideoLLM(config, scan=training.scan, remat=training.remat)
+    state, frozen = sharding.abstract_training(model, adamw, training.trainable, layout)
     step = make_train_step(
         model,
         adamw,
         schedule,
-        stream_weight=run.training.stream_weight,
-        microbatches=run.training.microbatches,
+        stream_weight=training.stream_weight,
+        microbatches=training.microbatches,
     )
-    budget, batch, frame = run.data.budget, run.data.batch_size, run.model.tokens_per_frame
+    budget, batch, frame = data.budget, data.batch_size, config.tokens_per_frame
     shapes = {
         "tokens": (budget.text_tokens + budget.frames * frame,),
         "frame_starts": (budget.frames,),
-        "features": (budget.frames, frame, run.model.vision.width),
+        "features": (budget.frames, frame, config.vision.width),
         "label_positions": (budget.labels,),
         "labels": (budget.labels,),
         "label_kinds": (budget.labels,),

@@ -30,13 +30,16 @@ from videollm_mod_jax.training.run import TrainingConfig
 from videollm_mod_jax.training.sharding import make_layout
 from videollm_mod_jax.training.tower import TowerConfig, check_vision
 
+DATASETS = ("digits_stream", "ego4d_narration")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The dataset and how its dialogues become batches.
 
     Attributes:
-      dataset: `digits_stream`.
+      dataset: `digits_stream`, which is drawn; or `ego4d_narration`, which can be planned but not
+        yet trained on, because nothing here prepares it.
       seed: of drawing, order and disturbance.
       train, validation, test: streams drawn per split.
       frames: per stream, at 2 FPS; also the frame budget of an example.
@@ -67,8 +70,8 @@ class DataConfig:
     num_workers: int
 
     def __post_init__(self):
-        if self.dataset != "digits_stream":
-            raise UserError(f"data.dataset is {self.dataset!r}; known: digits_stream")
+        if self.dataset not in DATASETS:
+            raise UserError(f"data.dataset is {self.dataset!r}; known: {', '.join(DATASETS)}")
 
     @property
     def budget(self) -> Budget:
@@ -108,6 +111,11 @@ class Experiment:
     def __post_init__(self):
         # What only shows when the model is built should show before anything is written.
         config_plan(self.model)
+        if self.data.dataset != "digits_stream":
+            raise UserError(
+                f"data.dataset is {self.data.dataset!r}, which nothing here prepares yet; choose "
+                "digits_stream, or plan this config without data: python -m videollm_mod_jax.plan"
+            )
         if bool(self.init) == (self.tower is not None):
             raise UserError(
                 f"init is {self.init!r} and tower is {self.tower}; give one of them: a model to "
@@ -130,6 +138,21 @@ class Experiment:
           UserError: an unknown, missing or wrongly typed key, named.
         """
         return build(cls, table, "config")
+
+
+def read_training(
+    table: Mapping[str, Any],
+) -> tuple[VideoLLMConfig, DataConfig, TrainingConfig]:
+    """What the training step of a config depends on, without asking whether it can run here.
+
+    Raises:
+      UserError: an unknown, missing or wrongly typed key of these parts, named.
+    """
+    parts = (("model", VideoLLMConfig), ("data", DataConfig), ("training", TrainingConfig))
+    model, data, training = (build(cls, table[name], f"config.{name}") for name, cls in parts)
+    config_plan(model)
+    model.require("decoder", "vision")
+    return model, data, training
 
 
 def model_table(decoder: str, vision: str) -> ml_collections.ConfigDict:

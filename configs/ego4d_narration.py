@@ -1,0 +1,94 @@
+"""Narrate egocentric video as it streams: the setting of VideoLLM-MoD (arXiv 2408.16730).
+
+    python -m videollm_mod_jax.plan --config configs/ego4d_narration.py:v5p-8 --topology v5p:2x2x2
+
+Llama-3-8B with SigLIP-L/16-384 (1 + 3 x 3 tokens per frame), every second layer computing a fifth
+of each frame's tokens, LoRA on all linears, 600 frames, batch 64. The argument is the hardware, in
+chips: v5e-16 (and v6e-16), v5p-8 or gpu-8; it decides how many examples a chip takes at once.
+
+Not trained: the dataset is not prepared here yet, and `train` says so. `plan` needs no data.
+"""
+
+import ml_collections
+
+from videollm_mod_jax import experiment
+
+MICROBATCHES = {"v5e-16": 4, "v6e-16": 4, "v5p-8": 4, "gpu-8": 4}
+BATCH_SIZE = 64
+EPOCHS = 2
+
+
+def get_config(hardware: str = "v5e-16") -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+
+    # Directory of a converted Llama-3-8B with the tower: `convert from-hf --vision-tower`.
+    config.init = "models/llama3-8b-siglip"
+    config.model = experiment.model_table("llama3-8b", "siglip-l16-384")
+    # tanh1, not the paper's gate: a pretrained block starts unchanged.
+    config.model.routing = {
+        "insertion": "interleaved",
+        "keep_ratio": 0.2,
+        "selection": "learned",
+        "weighting": "tanh1",
+        "force_keep_last": False,
+    }
+    config.model.lora = {
+        "rank": 128,
+        "alpha": 256.0,
+        "dropout": 0.05,
+        "targets": ("q", "k", "v", "o", "gate", "up", "down", "lm_head"),
+    }
+    config.model.newline = False
+    config.model.dtype = "bfloat16"
+    config.model.param_dtype = "bfloat16"
+
+    config.data = {
+        "dataset": "ego4d_narration",
+        "seed": 0,
+        # Examples per split; the prepared dataset decides.
+        "train": 100_000,
+        "validation": 1000,
+        "test": 1000,
+        "frames": 600,
+        "system": "Narrate what the camera wearer does, as it happens.",
+        # Empty: the model's own.
+        "tokenizer": "",
+        "vocab_size": 128_256,
+        # 2.8 text tokens per frame, the comma between frames included.
+        "text_tokens": 1680,
+        "labels": 1024,
+        "disturb_probability": 0.5,
+        "disturb_window": 2,
+        "batch_size": BATCH_SIZE,
+        "num_workers": 8,
+    }
+
+    # The converted model brings its tower.
+    config.tower = None
+
+    config.training = {
+        "steps": EPOCHS * config.data.train // BATCH_SIZE,
+        "seed": 0,
+        "trainable": "lora",
+        "stream_weight": 1.0,
+        "microbatches": MICROBATCHES[hardware],
+        "scan": True,
+        "remat": True,
+        "sharding": "fsdp",
+        "mesh": (1, -1, 1),
+        "log_every": 10,
+        "checkpoint_every": 200,
+        "keep_checkpoints": 2,
+        "optimizer": {
+            "learning_rate": 2e-4,
+            "warmup_fraction": 0.05,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "epsilon": 1e-8,
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,
+        },
+    }
+
+    config.evaluation = {"split": "validation", "batch_size": 16}
+    return config

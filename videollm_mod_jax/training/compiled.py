@@ -1,0 +1,195 @@
+"""Compiles programs for devices that need not be here, and reads what the compiler says of them.
+
+TPU compilers run without a TPU: `libtpu` alone is enough.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models import VideoLLMConfig
+from videollm_mod_jax.training import hlo
+from videollm_mod_jax.training.chips import CHIPS, GIB, Chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What to compile for.
+
+    Attributes:
+      topology: its name, `v5p:2x2x2`.
+      devices: of the topology; one per chip on all TPUs of `CHIPS`.
+      chip: None for simulated CPU devices, about which nothing is known.
+    """
+
+    topology: str
+    devices: Sequence[Any]
+    chip: Chip | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What the compiler says of a program, per device.
+
+    Attributes:
+      fits: in the memory of the device, as the compiler sees it; where False, all but `refusal` and
+        `needed_bytes` is None.
+      refusal: the first line of what the compiler said; empty where it fits.
+      needed_bytes: what a refused program would need, where the compiler says it; else None.
+      peak_bytes: most memory in use at any time, arguments included. The CPU compiler does not say;
+        there it is the sum of arguments, results and temporaries, which is never less.
+      argument_bytes: of all inputs.
+      cost: read from the program's text, loops multiplied out.
+      flops_loops_once: of XLA's own analysis, which counts the body of a loop once.
+    """
+
+    fits: bool
+    refusal: str = ""
+    needed_bytes: int | None = None
+    peak_bytes: int | None = None
+    argument_bytes: int | None = None
+    cost: hlo.Cost | None = None
+    flops_loops_once: float | None = None
+
+
+def find_target(topology: str) -> Target:
+    """The devices of a topology: TPUs that need not exist, or simulated CPU devices.
+
+    Args:
+      topology: `v5p:2x2x2`: generation and chips along each axis; or `cpu:8`, which needs as many
+        CPU devices in this process (`jax_num_cpu_devices`).
+
+    Raises:
+      UserError: an unknown topology, or libtpu is not installed.
+    """
+    kind, _, shape = topology.partition(":")
+    if kind == "cpu" and shape.isdigit() and int(shape) > 0:
+        devices = jax.devices("cpu")[: int(shape)]
+        if len(devices) < int(shape):
+            raise UserError(f"topology {topology}: this process has {len(devices)} CPU devices")
+        return Target(topology, devices, None)
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
+        raise UserError(
+            f"topology is {topology!r}; expected chips along each axis, such as v5e:4x4, "
+            f"v5p:2x2x2 or cpu:8; known chips: {', '.join(CHIPS)}"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"compiling for {topology} needs the TPU compiler, not a TPU: pip install libtpu"
+        )
+    # No metadata server need be asked for a TPU, and another process may hold libtpu.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except jax.errors.JaxRuntimeError as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"libtpu knows no topology {topology}: {line}") from error
+    return Target(topology, found.devices, CHIPS[kind])
+
+
+def abstract_batch(
+    config: VideoLLMConfig, batch_size: int, frames: int, text_tokens: int, labels: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a training batch, as `data.pipeline` stacks it.
+
+    Args:
+      config: of the model.
+      batch_size: B, over all processes.
+      frames: F.
+      text_tokens: of the budget; S = text_tokens + F * N.
+      labels: J.
+    """
+    length = text_tokens + frames * config.tokens_per_frame
+    features = (frames, config.vision.features_per_frame, config.vision.width)
+    shapes = {
+        "tokens": ((length,), np.int32),
+        "frame_starts": ((frames,), np.int32),
+        "features": (features, np.float32),
+        "label_positions": ((labels,), np.int32),
+        "labels": ((labels,), np.int32),
+        "label_kinds": ((labels,), np.int8),
+    }
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def compile_program(lowered: jax.stages.Lowered, target: Target) -> Program:
+    """Compiles for a target, and reads memory and cost; too large is an answer, too."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return refused(str(error))
+    memory = compiled.memory_analysis()
+    peak = memory.peak_memory_in_bytes
+    if target.chip is None:
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+    return Program(
+        fits=True,
+        peak_bytes=peak,
+        argument_bytes=memory.argument_size_in_bytes,
+        cost=hlo.cost(compiled.as_text()),
+        flops_loops_once=compiled.cost_analysis()["flops"],
+    )
+
+
+def refused(message: str) -> Program:
+    """Reads what a compiler says when a program does not fit.
+
+    ```
+    RESOURCE_EXHAUSTED: ... Used 17.51G of 15.75G hbm ...            needs 17.51 GiB
+    RESOURCE_EXHAUSTED: ... (20.00G) exceeds available HBM (15.75G)   needs 20 GiB
+    ```
+    """
+    sizes = re.search(r"Used ([\d.]+)([KMG]) of", message) or re.search(
+        r"\(([\d.]+)([KMG])\) exceeds", message
+    )
+    unit = {"K": 2**10, "M": 2**20, "G": GIB}
+    needed = int(float(sizes[1]) * unit[sizes[2]]) if sizes else None
+    return Program(fits=False, refusal=message.splitlines()[0], needed_bytes=needed)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of one device's part of abstract arrays, by their shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def roofline_seconds(cost: hlo.Cost, chip: Chip) -> Mapping[str, float]:
+    """Least time of each resource of a chip at its peak; the slowest bounds the step.
+
+    An estimate: no program reaches all peaks, and none overlaps everything.
+    """
+    return {
+        "compute": cost.flops / chip.peak_flops,
+        "memory": cost.memory_bytes / chip.memory_bandwidth,
+        "network": sum(c.sent_bytes for c in cost.collectives) / chip.network_bandwidth,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that the numbers depend on; those that are absent are left out."""
+    out = {}
+    for name in ("jax", "jaxlib", "libtpu"):
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
