@@ -59,8 +59,8 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert cost.flops == 3 * 8192
     # 512 bytes, reduced among 4 devices: each sends 3 quarters of it twice.
     assert cost.collectives == (hlo.Collective("all-reduce", 3, 3 * 512, 3 * 768),)
-    # Per run: counter, product and sum are written once and read once.
-    assert cost.memory_bytes == 3 * 2 * (4 + 512 + 512)
+    # Three arguments are read; per run, counter, product and sum are written and read.
+    assert cost.memory_bytes == (1024 + 2048 + 512) + 3 * 2 * (4 + 512 + 512)
     assert cost.unknown_loops == 0
 
 
@@ -114,8 +114,8 @@ ENTRY %main (a: bf16[2,16]) -> bf16[8,16] {
 def test_a_collective_that_runs_beside_other_work_counts_once():
     cost = hlo.cost(FUSIONS)
     assert cost.collectives == (hlo.Collective("all-gather", 1, 256, 192),)
-    # The second result lies in on-chip memory.
-    assert cost.memory_bytes == 2 * 256
+    # The argument is read; the second result lies in on-chip memory.
+    assert cost.memory_bytes == 64 + 2 * 256
 
 
 @pytest.mark.parametrize(

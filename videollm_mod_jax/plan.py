@@ -72,13 +72,17 @@ def _rows(plan: Plan) -> dict[str, str]:
             rows["loops of unknown length, counted once"] = str(program.cost.unknown_loops)
     if plan.seconds:
         for resource, seconds in plan.seconds.items():
-            rows[f"{resource} at peak  [estimate]"] = f"{1e3 * seconds:.4g} ms"
-        rows["step, at least  [estimate]"] = f"{1e3 * max(plan.seconds.values()):.4g} ms"
+            rows[f"{resource} at peak  [estimate]"] = _milliseconds(seconds)
+        rows["step, by the slowest of them  [estimate]"] = _milliseconds(max(plan.seconds.values()))
     if plan.cache_bytes_per_frame is not None:
         rows["cache per frame  [counted]"] = f"{plan.cache_bytes_per_frame / 2**20:.4g} MiB"
     if plan.frames_until_full is not None:
         rows["frames until full  [estimate]"] = str(plan.frames_until_full)
     return rows
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.4g} ms"
 
 
 def _gib(size: int) -> str:

@@ -33,7 +33,7 @@ class Plan:
       limit_bytes: memory that a program may use; None where nobody knows.
       fits: None where the limit is unknown.
       floor_flops: operations that the step cannot do without (`models.flops`).
-      seconds: least time of each resource (estimate); None without a chip.
+      seconds: of each resource at its peak (estimate); None without a chip.
       cache_bytes_per_frame: of a stream, with one text token between frames; None for training.
       frames_until_full: estimate: frames whose caches fill the memory that the streaming step
         leaves free; None for training.

@@ -173,9 +173,9 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def roofline_seconds(cost: hlo.Cost, chip: Chip) -> Mapping[str, float]:
-    """Least time of each resource of a chip at its peak; the slowest bounds the step.
+    """Time that each resource of a chip takes at its peak; the slowest of them is the step's.
 
-    An estimate: no program reaches all peaks, and none overlaps everything.
+    An estimate: no program reaches a peak, and `memory_bytes` is itself one.
     """
     return {
         "compute": cost.flops / chip.peak_flops,

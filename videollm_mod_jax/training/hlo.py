@@ -75,8 +75,8 @@ class Cost:
 
     Attributes:
       flops: of matrix products and convolutions; a multiply-add is two. Nothing else is counted.
-      memory_bytes: estimate of the traffic with device memory: each array that an operation leaves
-        there is written once and read once. Arrays in on-chip memory are left out.
+      memory_bytes: estimate of the traffic with device memory: an argument is read once, and what
+        an operation leaves there is written once and read once. On-chip memory is left out.
       collectives: by kind, in the order of `COLLECTIVES`; absent kinds are left out.
       unknown_loops: loops whose number of runs the text does not tell; counted once.
     """
@@ -105,14 +105,17 @@ def cost(text: str) -> Cost:
     ENTRY { while, known_trip_count 3, body }           flops 3 * 8192 = 24576
     ```
     """
-    tally = _Reader(text).total()
+    reader = _Reader(text)
+    tally = reader.total()
+    entry = reader.computations[reader.entry].instructions.values()
+    arguments = sum(size_of(i.shape, everywhere=False) for i in entry if i.opcode == "parameter")
     kinds = {}
     for kind, result, sent, runs in tally.collectives.values():
         count, total, moved = kinds.get(kind, (0, 0, 0))
         kinds[kind] = (count + runs, total + runs * result, moved + runs * sent)
     return Cost(
         flops=tally.flops,
-        memory_bytes=tally.memory,
+        memory_bytes=arguments + tally.memory,
         collectives=tuple(Collective(k, *kinds[k]) for k in COLLECTIVES if k in kinds),
         unknown_loops=tally.unknown,
     )
