@@ -164,6 +164,6 @@ def test_a_signal_reaches_all_processes_of_a_rehearsal_and_is_waited_for(tmp_pat
 
 
 def test_the_status_of_a_rehearsal_is_that_of_a_process_that_failed(tmp_path):
-    python = write_script(tmp_path / "python", "#!/usr/bin/env bash\nexit $((3 * ${@: -1}))\n")
+    python = write_script(tmp_path / "python", "#!/usr/bin/env bash\nexit $((3 - 3 * ${@: -1}))\n")
     done = run("local.sh --port 4000", *TRAIN, PYTHON=str(python))
     assert done.returncode == 3
