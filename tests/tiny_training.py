@@ -127,7 +127,7 @@ def variables(config: VideoLLMConfig, scan: bool = False):
     return stack_layers(tree, config_plan(config)) if scan else tree
 
 
-def train(workdir, kill_at: int = -1, rank: int = 2, **changes):
+def train(workdir, kill_at: int = -1, rank: int = 2, profile_steps: int = 0, **changes):
     """Trains the tiny model in `workdir`."""
     config, model = training_config(**({"trainable": "lora"} | changes)), model_config(rank)
     return loop.train(
@@ -139,6 +139,7 @@ def train(workdir, kill_at: int = -1, rank: int = 2, **changes):
         tokenizer=TOKENIZER,
         system="watch",
         batches_from=lambda start: batches_from(start, kill_at, Path(workdir) / "checkpoints/4"),
+        profile_steps=profile_steps,
     )
 
 

@@ -1,19 +1,30 @@
-"""What the command-line modules share: config flags, and one line instead of a traceback."""
+"""What the command-line modules share: flags, joining processes, one line and no traceback."""
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.training import distributed
+
+_PROCESSES = {
+    "coordinator": (str, "host:port of process 0, for several processes that JAX cannot find"),
+    "num-processes": (int, "how many processes there are"),
+    "process-id": (int, "which of them this is, from 0"),
+}
 
 
 def report_user_errors(run: Callable[[], None], interrupted: str = "interrupted") -> int:
     """Calls `run` and turns bad input into one line on stderr.
+
+    What ends one of several processes ends all of them, with the same status and one message.
 
     Args:
       run: does the work.
@@ -26,22 +37,52 @@ def report_user_errors(run: Callable[[], None], interrupted: str = "interrupted"
     logging.set_verbosity(logging.FATAL)
     try:
         run()
+        distributed.barrier("end")
+    except distributed.Stopped as stopped:
+        if distributed.is_lead():
+            print(stopped, file=sys.stderr)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _end(2, f"error: {error}")
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
+        return _end(130, interrupted)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        distributed.end_all(1, None)
     return 0
 
 
-def run_with_config(run: Callable[[ml_collections.ConfigDict, str], None]) -> None:
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that join several processes."""
+    group = parser.add_argument_group("several processes")
+    for name, (kind, text) in _PROCESSES.items():
+        group.add_argument(f"--{name}", type=kind, help=text)
+
+
+def join_processes(arguments: argparse.Namespace) -> None:
+    """Joins the processes that the flags of `add_process_arguments` name.
+
+    Raises:
+      UserError: see `distributed.initialize`.
+    """
+    distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+
+
+def _end(status: int, message: str) -> int:
+    if jax.distributed.is_initialized():
+        distributed.end_all(status, message)
+    print(message, file=sys.stderr)
+    return status
+
+
+def run_with_config(run: Callable[[ml_collections.ConfigDict, str, int], None]) -> None:
     """The main of a module that takes `--config FILE`, overrides of its keys, and `--workdir DIR`.
 
     Exits with status 2 and one line for a missing file, an unknown key or a value of a wrong type.
 
     Args:
-      run: called with the overridden config and the working directory.
+      run: called with the overridden config, the working directory, and how many updates to
+        profile; several processes have been joined before.
     """
     config = config_flags.DEFINE_config_file(
         "config",
@@ -52,6 +93,13 @@ def run_with_config(run: Callable[[ml_collections.ConfigDict, str], None]) -> No
     workdir = flags.DEFINE_string(
         "workdir", None, "Directory of the run; made if missing, resumed if it holds this run."
     )
+    profile = flags.DEFINE_integer(
+        "profile", 0, "Trace this many updates into WORKDIR/profile.", lower_bound=0
+    )
+    joined = [
+        (flags.DEFINE_integer if kind is int else flags.DEFINE_string)(name, None, text)
+        for name, (kind, text) in _PROCESSES.items()
+    ]
     flags.mark_flags_as_required(["config", "workdir"])
 
     def refuse(message: str) -> NoReturn:
@@ -75,7 +123,12 @@ def run_with_config(run: Callable[[ml_collections.ConfigDict, str], None]) -> No
     def main(argv: Sequence[str]) -> None:
         del argv
         resumable = "interrupted; the same command continues where it stopped"
-        sys.exit(report_user_errors(lambda: run(config.value, workdir.value), resumable))
+
+        def joined_run() -> None:
+            distributed.initialize(*(flag.value for flag in joined))
+            run(config.value, workdir.value, profile.value)
+
+        sys.exit(report_user_errors(joined_run, resumable))
 
     app.run(main, flags_parser=parse)
 

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,10 +25,11 @@ import tensorflow_datasets as tfds
 from rich import progress
 
 from videollm_mod_jax import cli
-from videollm_mod_jax.data.features import FeatureMeta, FeatureWriter
+from videollm_mod_jax.data.features import FeatureMeta, FeatureSource, FeatureWriter
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.config import VideoLLMConfig
 from videollm_mod_jax.models.vision import VisionTower, preprocess
+from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.checkpoint import load_tower, read_model_config
 
 BATCH_SIZE = 128
@@ -41,6 +43,8 @@ def encode_split(
     batch_size: int = BATCH_SIZE,
 ) -> None:
     """Writes the frame tokens of all records to a feature store, with a progress bar.
+
+    Several processes call it together: each encodes its share, and the first joins them.
 
     Args:
       config: of the model that will read the features.
@@ -62,6 +66,11 @@ def encode_split(
         images_BAAC = preprocess(images_BAAC, config.vision)
         return tower.apply({"params": tower_params}, images_BAAC).astype(np.float32)
 
+    path, process = Path(path), jax.process_index()
+    if path.exists():
+        raise UserError(f"{path}: exists already; remove it or write elsewhere")
+    share = range(len(records))[_share(len(records), process, jax.process_count())]
+    parts = [path.with_name(f".{path.name}.part{p}") for p in range(jax.process_count())]
     meta = FeatureMeta(
         features_per_frame=config.vision.features_per_frame,
         width=config.vision.width,
@@ -69,10 +78,43 @@ def encode_split(
         resolution=config.vision.image_size,
         tower=fingerprint(config, tower_params),
     )
-    encoded = encode_videos(encode, _videos(records), batch_size)
-    with FeatureWriter(path, meta) as writer, _progress() as bar:
-        for video_id, features_FNW in bar.track(encoded, total=len(records)):
+    videos = _videos((records[i] for i in share), records[0])
+    encoded = encode_videos(encode, videos, batch_size)
+    alone = len(parts) == 1
+    # What an encoding that was killed left behind.
+    shutil.rmtree(parts[process], ignore_errors=True)
+    with FeatureWriter(path if alone else parts[process], meta) as writer, _progress() as bar:
+        for video_id, features_FNW in bar.track(encoded, total=len(share)):
             writer.add(video_id, features_FNW)
+    if alone:
+        return
+    distributed.barrier("encoded")
+    if distributed.is_lead():
+        _join(parts, path, meta)
+    distributed.barrier("joined")
+
+
+def _share(count: int, process: int, processes: int) -> slice:
+    """Which of `count` records a process encodes: as many as any other or one more, in order.
+
+    ```
+    count 5, processes 2:   0 1 2 | 3 4
+    ```
+    """
+    each, rest = divmod(count, processes)
+    start = process * each + min(process, rest)
+    return slice(start, start + each + (process < rest))
+
+
+def _join(parts: Sequence[Path], path: Path, meta: FeatureMeta) -> None:
+    """Writes the records of several feature stores into one, and removes them."""
+    with FeatureWriter(path, meta) as writer:
+        for part in parts:
+            source = FeatureSource(part)
+            for index in range(len(source)):
+                writer.add(*source.read(index))
+    for part in parts:
+        shutil.rmtree(part)
 
 
 def encode_videos(
@@ -134,15 +176,18 @@ def main() -> None:
     parser.add_argument("--split", required=True, help="such as train")
     parser.add_argument("--out", required=True, help="directory of the features; must not exist")
     parser.add_argument("--data-dir", help="where the dataset is (default: CHECKPOINT/data)")
+    cli.add_process_arguments(parser)
     flags = parser.parse_args()
     data_dir = Path(flags.data_dir or Path(flags.checkpoint) / "data")
 
     def run() -> None:
+        cli.join_processes(flags)
         tower = load_tower(flags.checkpoint)
         config = read_model_config(Path(flags.checkpoint))
         records = _open(flags.dataset, data_dir, flags.split)
         encode_split(config, tower, records, flags.out)
-        print(f"encoded {len(records)} videos into {flags.out}")
+        if distributed.is_lead():
+            print(f"encoded {len(records)} videos into {flags.out}")
 
     sys.exit(cli.report_user_errors(run))
 
@@ -160,16 +205,17 @@ def _open(name: str, data_dir: Path, split: str) -> Sequence[Mapping[str, Any]]:
     return builder.as_data_source(split)
 
 
-def _videos(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
+def _videos(
+    records: Iterable[Mapping[str, Any]], first_record: Mapping[str, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
     """Ids and RGB frames; grey frames get three equal channels."""
-    first = None
+    first = (float(first_record["fps"]), np.shape(first_record["frames"])[1:])
     for record in records:
         video_id, frames = record["id"], np.asarray(record["frames"])
         video_id = video_id.decode() if isinstance(video_id, bytes) else video_id
         if not len(frames):
             raise UserError(f"{video_id}: expected at least one frame, found none")
         kind = (float(record["fps"]), frames.shape[1:])
-        first = first or kind
         if kind != first:
             raise UserError(
                 f"{video_id}: expected {first[0]} frames per second of shape {first[1]}, as the "
@@ -185,6 +231,7 @@ def _progress() -> progress.Progress:
         progress.MofNCompleteColumn(),
         _Rate(),
         progress.TimeRemainingColumn(),
+        disable=not distributed.is_lead(),
     )
 
 

@@ -2,7 +2,8 @@
 
     python -m videollm_mod_jax.evaluate --checkpoint runs/digits --split test
 
-Prints LM-PPL, TimeDiff, Fluency and LM-Correctness, as VideoLLM-online defines them.
+Prints LM-PPL, TimeDiff, Fluency and LM-Correctness, as VideoLLM-online defines them. Several
+processes share the streams.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.evaluation.stream import StreamReport, evaluate_stream
 from videollm_mod_jax.experiment import Dataset, Experiment
 from videollm_mod_jax.streaming.triggers import check_threshold
+from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.checkpoint import CONFIG_FILE, load_model, read_json
 
 
@@ -52,7 +54,8 @@ def evaluate(
     batch_size = experiment.evaluation.batch_size if batch_size is None else batch_size
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; expected at least 1")
-    dataset = Dataset(experiment.data, directory)
+    with distributed.lead_first("dataset"):
+        dataset = Dataset(experiment.data, directory)
     records = dataset.records(split)
     if not dataset.features_path(split).exists():
         tower = model.variables["params"]["vision"]
@@ -70,9 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    cli.join_processes(arguments)
     report = evaluate(
         arguments.checkpoint, arguments.split, arguments.batch_size, arguments.silence_threshold
     )
+    if not distributed.is_lead():
+        return
     console, metrics = Console(), report.metrics
     turns = sum(sample.turns for sample in report.samples)
     table = Table(title=f"{len(report.samples)} streams, {turns} turns")
@@ -107,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "where silence is not the likeliest",
     )
     add("--out", metavar="FILE.jsonl", help="write the metrics of every stream")
+    cli.add_process_arguments(parser)
     return parser
 
 

@@ -11,6 +11,15 @@ would have had.
 
   --config FILE        a file of configs/; any key of it can be overridden, as above
   --workdir DIR        of the run; made if missing
+  --profile N          trace N updates into DIR/profile, for TensorBoard or xprof
+
+On several machines, run the same command on each, with one DIR that all of them see. On Cloud TPU,
+GKE, SLURM and under Open MPI the processes find each other; elsewhere give each of them
+
+  --coordinator HOST:PORT --num-processes N --process-id I        (or JAX_COORDINATOR_ADDRESS,
+                                                     JAX_NUM_PROCESSES and JAX_PROCESS_ID)
+
+SIGTERM saves, ends with status 0 and says so; the same command continues there.
 """
 
 import dataclasses
@@ -31,14 +40,13 @@ from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.evaluation.stream import evaluate_stream
 from videollm_mod_jax.experiment import Dataset, Experiment, plain
 from videollm_mod_jax.models import VideoLLM, VideoLLMConfig
-from videollm_mod_jax.training import checkpoint, loop
+from videollm_mod_jax.training import checkpoint, distributed, loop
 from videollm_mod_jax.training.checkpoint import LoadedModel
 from videollm_mod_jax.training.initial import carry_manifest, check_start, variables_from
 from videollm_mod_jax.training.sharding import (
     Layout,
     abstract_variables,
     init_sharded,
-    make_layout,
 )
 from videollm_mod_jax.training.tower import TowerConfig, pretrain_tower
 
@@ -50,20 +58,23 @@ SAMPLES = "samples.jsonl"
 Report = dict[str, dict[str, float]]
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Report:
+def train(config: ml_collections.ConfigDict, workdir: str | Path, profile_steps: int = 0) -> Report:
     """Runs an experiment in `workdir`, or what is left of it.
 
     Args:
       config: the table of a file in `configs/`.
       workdir: of the run; holds the model, the logs, the data and the evaluation afterwards.
+      profile_steps: how many updates to trace.
 
     Returns:
       The streaming metrics by name, `before` and `after` training, as in `evaluation.json`.
 
     Raises:
+      Stopped: SIGTERM came while training; the state is saved.
       UserError: the config does not fit, or `workdir` holds a run with another one.
     """
-    table, workdir, console = plain(config), Path(workdir), Console()
+    table, workdir = plain(config), Path(workdir)
+    console = Console(quiet=not distributed.is_lead())
     experiment = Experiment.from_table(table)
     # Refuse what cannot be used before anything is written.
     if experiment.data.tokenizer:
@@ -73,7 +84,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Report:
     loop.claim_workdir(workdir, table)
 
     console.rule("Data")
-    dataset = Dataset(experiment.data, workdir)
+    with distributed.lead_first("dataset"):
+        dataset = Dataset(experiment.data, workdir)
     start = _Start.prepare(experiment, dataset, workdir, console)
     model, tokenizer, tower = start.model, start.tokenizer, start.tower
     examples = {}
@@ -81,7 +93,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Report:
         if not dataset.features_path(split).exists():
             encode_split(model, tower, dataset.records(split), dataset.features_path(split))
         examples[split] = dataset.examples(split, tokenizer, model)
-    if not (workdir / HELD_OUT).exists():
+    if distributed.is_lead() and not (workdir / HELD_OUT).exists():
         digits.stream_to_video(dataset.records("test")[0], workdir / HELD_OUT)
 
     def evaluate(model: LoadedModel) -> Any:
@@ -91,11 +103,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Report:
     report = _read_report(workdir)
     if "before" not in report:
         console.rule("Evaluation before training")
-        layout = make_layout(experiment.training.sharding, experiment.training.mesh)
-        variables = start.variables(layout)
+        training = experiment.training
+        variables = start.variables(distributed.own_layout(training.sharding, training.mesh))
         untrained = LoadedModel(model, variables, tokenizer, experiment.data.system)
         report["before"] = dataclasses.asdict(evaluate(untrained).metrics)
-        checkpoint.write_json(workdir / EVALUATION, report)
+        _write_report(workdir, report)
 
     console.rule("Training")
     trained = loop.train(
@@ -107,13 +119,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Report:
         tokenizer=tokenizer,
         system=experiment.data.system,
         batches_from=lambda start: dataset.training_batches(examples["train"], start),
+        profile_steps=profile_steps,
     )
 
     console.rule("Evaluation after training")
     after = evaluate(trained)
-    after.write_samples(workdir / SAMPLES)
     report["after"] = dataclasses.asdict(after.metrics)
-    checkpoint.write_json(workdir / EVALUATION, report)
+    _write_report(workdir, report)
+    if distributed.is_lead():
+        after.write_samples(workdir / SAMPLES)
     console.print(_table(report, f"{len(after.samples)} held-out streams"))
     console.print(f"Model, logs and loss curve: {workdir}. Narrate a video nobody trained on:")
     console.print(
@@ -132,7 +146,7 @@ class _Start:
       init: directory of the model; None for random weights.
       model: the architecture.
       tokenizer: of the run.
-      tower: parameters of the vision tower.
+      tower: parameters of the vision tower, in the host's memory.
       seed: of what is initialised.
     """
 
@@ -160,8 +174,10 @@ class _Start:
                 f"the tokenizer has {tokenizer.vocab_size} tokens, and the model in {init} has "
                 f"embeddings for {model.decoder.vocab_size}; use the tokenizer it came with"
             )
-        carry_manifest(init, workdir)
-        return cls(init, model, tokenizer, checkpoint.load_tower(init), seed)
+        if distributed.is_lead():
+            carry_manifest(init, workdir)
+        tower = jax.device_get(checkpoint.load_tower(init))
+        return cls(init, model, tokenizer, tower, seed)
 
     def variables(self, layout: Layout) -> Mapping[str, Any]:
         """All variables before the first update."""
@@ -176,21 +192,26 @@ def _tower(
     model: VideoLLMConfig, config: TowerConfig, directory: Path, console: Console
 ) -> Mapping[str, Any]:
     """Parameters of the vision tower: of an earlier run, or pretrained now."""
-    if (directory / checkpoint.WEIGHTS).exists():
-        target = abstract_variables(VideoLLM(model), None)["params"]["vision"]
-        return checkpoint.read_weights(directory, target)
-    tower = pretrain_tower(model.vision, config)
-    console.print(
-        f"Vision tower on unseen scans: {tower.digit_accuracy:.1%} of digits and "
-        f"{tower.empty_accuracy:.1%} of empty places are named right."
-    )
-    checkpoint.write_weights(directory, tower.params)
-    return tower.params
+    if not (directory / checkpoint.WEIGHTS).exists():
+        # In every process: it takes less time than it would take to wait for one.
+        tower = pretrain_tower(model.vision, config)
+        console.print(
+            f"Vision tower on unseen scans: {tower.digit_accuracy:.1%} of digits and "
+            f"{tower.empty_accuracy:.1%} of empty places are named right."
+        )
+        checkpoint.write_weights(directory, jax.device_get(tower.params))
+    target = abstract_variables(VideoLLM(model), None)["params"]["vision"]
+    return jax.device_get(checkpoint.read_weights(directory, target))
 
 
 def _read_report(workdir: Path) -> Report:
     path = workdir / EVALUATION
     return checkpoint.read_json(path) if path.exists() else {}
+
+
+def _write_report(workdir: Path, report: Report) -> None:
+    if distributed.is_lead():
+        checkpoint.write_json(workdir / EVALUATION, report)
 
 
 def _table(report: Report, title: str) -> Table:

@@ -9,6 +9,7 @@ Source: `stream_evaluate` in `models/modeling_live.py` of showlab/videollm-onlin
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from videollm_mod_jax.evaluation.stream_metrics import (
 from videollm_mod_jax.models import EMPTY, Caches, VideoLLM, init_caches, trim_caches
 from videollm_mod_jax.streaming import engine
 from videollm_mod_jax.streaming.triggers import breaks_silence, check_threshold
+from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.checkpoint import LoadedModel
 
 
@@ -213,20 +215,23 @@ def evaluate_stream(
 ) -> StreamReport:
     """Computes LM-PPL, TimeDiff, Fluency and LM-Correctness of a split.
 
+    Several processes call it together, each with a whole model on devices of its own: every one
+    judges its rows of a batch, and all get the whole report.
+
     Turns that a user's question opens count for the language metrics; their timing can only be
     wrong by speaking before the question. Frames behind the last answer are not judged.
 
     Args:
       model: weights, config and tokenizer.
       examples: of the split, undisturbed.
-      batch_size: streams per forward.
+      batch_size: streams per forward, over all processes.
       silence_threshold: see `breaks_silence`.
 
     Returns:
       Means over turns, then over videos, and the metrics of each video.
 
     Raises:
-      UserError: a threshold that is no probability.
+      UserError: a threshold that is no probability, or a batch that the processes do not divide.
     """
     check_threshold(silence_threshold)
     video_llm = VideoLLM(model.config)
@@ -235,11 +240,12 @@ def evaluate_stream(
         "silence_threshold": silence_threshold,
     }
     fps = examples.features.meta.fps
-    samples = []
+    judged = {}
     batches = progress.track(
-        evaluation_batches(examples, batch_size),
+        evaluation_batches(examples, batch_size, jax.process_index(), jax.process_count()),
         "Evaluating",
         total=-(-len(examples) // batch_size),
+        disable=not distributed.is_lead(),
     )
     for batch in batches:
         indices = batch.pop("example_index")[batch.pop("example_valid")]
@@ -249,8 +255,13 @@ def evaluate_stream(
             name = examples.records[int(i)]["id"]
             name = name.decode() if isinstance(name, bytes) else name
             metrics = mean_metrics(turn_metrics(turn, fps) for turn in predicted)
-            samples.append(Sample(name, len(predicted), metrics))
-    return StreamReport(mean_metrics(s.metrics for s in samples), tuple(samples))
+            judged[int(i)] = (name, len(predicted), dataclasses.asdict(metrics))
+    everyone = itertools.chain.from_iterable(part.items() for part in distributed.gather(judged))
+    samples = tuple(
+        Sample(name, turns, StreamMetrics(**metrics))
+        for _, (name, turns, metrics) in sorted(everyone, key=lambda item: int(item[0]))
+    )
+    return StreamReport(mean_metrics(s.metrics for s in samples), samples)
 
 
 def _predict(

@@ -8,7 +8,7 @@ from typing import Any
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLMConfig
-from videollm_mod_jax.training import checkpoint, metrics
+from videollm_mod_jax.training import checkpoint, distributed, metrics
 from videollm_mod_jax.training.checkpoint import LoadedModel
 from videollm_mod_jax.training.optimizer import Variables
 from videollm_mod_jax.training.run import HostBatch, Run, TrainingConfig
@@ -43,10 +43,12 @@ def train(
     tokenizer: Tokenizer,
     system: str,
     batches_from: Callable[[int], Iterator[HostBatch]],
+    profile_steps: int = 0,
 ) -> LoadedModel:
     """Trains a model to the end, from the beginning or from where `workdir` stopped.
 
     Deterministic: a run that was killed and started again logs the very losses of one that was not.
+    Several processes call it together, with one `workdir` that all of them see.
 
     Args:
       config: of the training.
@@ -60,11 +62,13 @@ def train(
       system: the instruction that opens every conversation, saved with the model.
       batches_from: `batches_from(n)` iterates over the batches from the n-th on; each is a dict of
         this process's examples, stacked (`step.Batch` names the keys). One is used per update.
+      profile_steps: how many updates to trace into `profile/` of the workdir, once warm.
 
     Returns:
-      The trained model.
+      The trained model, on the devices of this process.
 
     Raises:
+      Stopped: SIGTERM came before the last update; the state is saved.
       UserError: the workdir holds something else or a run with another configuration, or the
         configuration does not fit the model, the devices or the batches.
       FloatingPointError: a loss or gradient is not finite; the step is named.
@@ -72,7 +76,8 @@ def train(
     workdir = Path(workdir)
     run = Run.build(config, model_config)
     claim_workdir(workdir, run_config)
-    checkpoint.write_description(workdir, model_config, tokenizer, system)
+    if distributed.is_lead():
+        checkpoint.write_description(workdir, model_config, tokenizer, system)
     with checkpoint.Checkpointer(workdir, keep=config.keep_checkpoints) as checkpointer:
         # 1. The newest complete checkpoint of the workdir, with the frozen weights beside it.
         # 2. What the caller starts from: a loaded model, a pretrained tower, random weights.
@@ -84,9 +89,10 @@ def train(
         else:
             state, frozen = run.start(workdir, initial_variables(run.layout))
         if step < config.steps:
-            run.advance(state, frozen, step, batches_from, workdir, checkpointer)
-    metrics.draw_loss_curve(workdir)
-    return checkpoint.load_model(workdir, run.layout)
+            run.advance(state, frozen, step, batches_from, workdir, checkpointer, profile_steps)
+    if distributed.is_lead():
+        metrics.draw_loss_curve(workdir)
+    return checkpoint.load_model(workdir, distributed.own_layout(config.sharding, config.mesh))
 
 
 def claim_workdir(workdir: str | Path, run_config: Mapping[str, Any]) -> None:
@@ -102,6 +108,13 @@ def claim_workdir(workdir: str | Path, run_config: Mapping[str, Any]) -> None:
     """
     workdir = Path(workdir)
     run_config = json.loads(json.dumps(run_config))
+    with distributed.lead_first("claim") as lead:
+        _check_workdir(workdir, run_config)
+        if lead:
+            checkpoint.write_json(workdir / checkpoint.CONFIG_FILE, run_config)
+
+
+def _check_workdir(workdir: Path, run_config: Mapping[str, Any]) -> None:
     path = workdir / checkpoint.CONFIG_FILE
     if path.exists():
         different = differences(checkpoint.read_json(path), run_config)
@@ -115,7 +128,6 @@ def claim_workdir(workdir: str | Path, run_config: Mapping[str, Any]) -> None:
             f"{workdir} holds a model and no training run; choose another workdir, so that "
             "training does not overwrite the model"
         )
-    checkpoint.write_json(path, run_config)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

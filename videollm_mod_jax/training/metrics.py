@@ -1,4 +1,7 @@
-"""Where numbers go while training: a jsonl file, TensorBoard, and a picture of the loss."""
+"""Where numbers go while training: a jsonl file, TensorBoard, a picture of the loss, a trace.
+
+Of several processes, the first writes; the numbers are sums over all of them.
+"""
 
 import json
 import math
@@ -14,10 +17,15 @@ import rich.progress
 import tensorboardX
 
 from videollm_mod_jax.data import files
+from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.losses import Sums
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
+PROFILE = "profile"
+
+_WARM_UP = 3
+"""Updates that compile or fill queues, and so say nothing about a step."""
 
 
 def means(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
@@ -78,8 +86,8 @@ class Log:
     def __init__(self, directory: Path, done: int, steps: int, log_every: int):
         """Goes on after update `done` of `steps`, with a line every `log_every` updates."""
         self._steps, self._log_every = steps, log_every
-        self._writer = Writer(directory, done)
-        self._console = rich.console.Console(stderr=True)
+        self._writer = Writer(directory, done) if distributed.is_lead() else None
+        self._console = rich.console.Console(stderr=True, quiet=not distributed.is_lead())
         self._progress = rich.progress.Progress(
             rich.progress.TextColumn("training"),
             rich.progress.BarColumn(),
@@ -100,7 +108,8 @@ class Log:
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
 
     def record(self, step: int, sums: Sums) -> None:
         """Notes a step that was dispatched; writes the one before it.
@@ -121,6 +130,8 @@ class Log:
     def _write(self, step: int, sums: Sums) -> None:
         values = means(jax.device_get(sums))
         check_finite(step, values)
+        if not self._writer:
+            return
         events, state = {}, f"loss {values.get('loss', 0.0):.3f}"
         # The first step compiles, and says nothing about speed.
         if self._first is None:
@@ -135,6 +146,41 @@ class Log:
         # A bar is drawn on terminals only; a log file gets twenty lines.
         if not self._console.is_terminal and step % max(1, self._steps // 20) == 0:
             self._console.print(f"step {step} of {self._steps}: {state}", highlight=False)
+
+
+class Profile:
+    """Traces a few updates of a run for TensorBoard or xprof; a context manager.
+
+    ```
+    DIR/profile/plugins/profile/<time>/<host>.xplane.pb
+    ```
+    """
+
+    def __init__(self, directory: Path, done: int, steps: int):
+        """Will trace `steps` updates, some after update `done`; none if 0."""
+        self._path = directory / PROFILE
+        self._first = done + 1 + _WARM_UP if steps and distributed.is_lead() else -1
+        self._last = self._first + steps
+        self._running = False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+
+    def before(self, step: int, state: Any) -> None:
+        """Starts or ends the trace, if it is time; call it before every update of `state`."""
+        if step not in (self._first, self._last):
+            return
+        # The device is behind; a trace holds whole updates.
+        jax.block_until_ready(state)
+        if step == self._first:
+            jax.profiler.start_trace(str(self._path))
+        else:
+            jax.profiler.stop_trace()
+        self._running = step == self._first
 
 
 def read_metrics(directory: str | os.PathLike[str]) -> list[dict[str, float]]:

@@ -17,7 +17,7 @@ from videollm_mod_jax.models import (
     stack_layers,
     unstack_layers,
 )
-from videollm_mod_jax.training import checkpoint, metrics, sharding
+from videollm_mod_jax.training import checkpoint, distributed, metrics, sharding
 from videollm_mod_jax.training.optimizer import (
     OptimizerConfig,
     Variables,
@@ -178,21 +178,41 @@ class Run:
         batches_from: Callable[[int], Iterator[HostBatch]],
         workdir: Path,
         checkpointer: checkpoint.Checkpointer,
+        profile_steps: int,
     ) -> None:
-        """Runs the updates after `done`, logging and saving on the way and at the end."""
+        """Runs the updates after `done`, logging and saving on the way and at the end.
+
+        Raises:
+          Stopped: SIGTERM came; the last update was saved.
+        """
         config = self.config
         batches = iter(batches_from(done))
-        with metrics.Log(workdir, done, config.steps, config.log_every) as log:
+        with (
+            metrics.Log(workdir, done, config.steps, config.log_every) as log,
+            metrics.Profile(workdir, done, profile_steps) as profile,
+            distributed.StopSignal() as stop_signal,
+        ):
             for step in range(done + 1, config.steps + 1):
+                profile.before(step, state)
                 batch = self._put(next(batches, None), step)
-                with self.layout.active(), jax.transfer_guard("disallow"):
+                with (
+                    self.layout.active(),
+                    jax.transfer_guard("disallow"),
+                    jax.profiler.StepTraceAnnotation("update", step_num=step),
+                ):
                     state, sums = self.train_step(state, frozen, batch)
                 # This step's metrics are fetched when the next step keeps the device busy.
                 log.record(step, sums)
-                if step % config.checkpoint_every == 0 or step == config.steps:
+                stop = stop_signal.reached(step)
+                if stop or step % config.checkpoint_every == 0 or step == config.steps:
                     # Lines go to disk before the checkpoint: a resumed run does not write them.
                     log.catch_up()
                     checkpointer.save(step, self._unstack(state))
+                if stop and step < config.steps:
+                    raise distributed.Stopped(
+                        f"stopped after update {step} of {config.steps}, which is saved in "
+                        f"{workdir}; the same command continues there"
+                    )
 
     def _put(self, batch: HostBatch | None, step: int) -> dict[str, jax.Array]:
         if batch is None:

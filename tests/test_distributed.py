@@ -1,0 +1,138 @@
+"""Several processes on one machine: the same run whoever dies, and one end for all of them."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed_worker import STEPS
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.training import distributed, metrics
+
+ROOT = Path(__file__).parents[1]
+
+
+class Job:
+    """Processes of tests/distributed_worker.py, each with a share of eight simulated devices."""
+
+    def __init__(self, task, workdir, cache, processes=2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        flags = f" --xla_force_host_platform_device_count={8 // processes}"
+        self.processes = []
+        for index in range(processes):
+            several = (f"127.0.0.1:{port}", str(processes), str(index)) if processes > 1 else ()
+            env = {
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "JAX_COMPILATION_CACHE_DIR": str(cache),
+                "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + flags,
+                **dict(zip(distributed.ENVIRONMENT, several, strict=False)),
+            }
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.distributed_worker", task, str(workdir)],
+                    cwd=ROOT,
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+
+    def signal_when_ready(self, index, number):
+        """Waits for the process's `ready` and sends it a signal."""
+        for line in self.processes[index].stdout:
+            if line == "ready\n":
+                break
+        self.processes[index].send_signal(number)
+
+    def end(self):
+        """(status, stdout, stderr) of every process."""
+        try:
+            outputs = [process.communicate(timeout=200) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [(p.returncode, *output) for p, output in zip(self.processes, outputs, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+def digests(ended):
+    return re.findall("digest [0-9a-f]{64}", "".join(out for _, out, _ in ended))
+
+
+def test_a_run_of_two_processes_survives_kills_and_restores_anywhere(tmp_path, cache):
+    whole = Job("train", tmp_path / "whole", cache).end()
+    assert [status for status, _, _ in whole] == [0, 0], whole
+
+    run = tmp_path / "run"
+    killed = Job("interrupted", run, cache)
+    killed.signal_when_ready(1, signal.SIGKILL)
+    ended = killed.end()
+    assert ended[0][0] != 0, "one process went on without the other"
+    assert ended[1][0] == -signal.SIGKILL
+    assert len(metrics.read_metrics(run)) < STEPS
+
+    stopped = Job("interrupted", run, cache)
+    stopped.signal_when_ready(1, signal.SIGTERM)
+    ended = stopped.end()
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert re.search(rf"stopped after update 5 of {STEPS}, which is saved in .*", ended[0][2])
+    assert "stopped after" not in ended[1][2]
+
+    again = Job("train", run, cache).end()
+    assert [status for status, _, _ in again] == [0, 0], again
+    assert metrics.read_metrics(run) == metrics.read_metrics(tmp_path / "whole")
+    assert digests(again) == digests(whole)
+
+    # One process, on one, two and eight devices.
+    ((status, out, error),) = Job("restore", run, cache, processes=1).end()
+    assert status == 0, error
+    assert digests([(0, out, "")]) == [digests(whole)[0]] * 3
+
+
+def test_a_mistake_in_one_process_ends_all_of_them_with_one_line(tmp_path, cache):
+    ended = Job("fail", tmp_path, cache).end()
+    assert [status for status, _, _ in ended] == [2, 2]
+    lines = [line for _, _, error in ended for line in error.splitlines() if "Gloo" not in line]
+    assert lines == [f"error: {tmp_path} is not good"]
+
+
+def test_processes_wait_for_the_first_and_hear_each_other_in_order(tmp_path, cache):
+    ended = Job("gather", tmp_path, cache).end()
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    said = "[{'said': [0], 'nothing': nan}, {'said': [1, 1, 1], 'nothing': nan}]"
+    assert all(said in out for _, out, _ in ended)
+
+
+def test_one_process_is_alone_with_itself():
+    assert distributed.is_lead()
+    assert distributed.gather({"a": [1]}) == [{"a": [1]}]
+    distributed.barrier("nobody")
+    with distributed.lead_first("nobody") as lead:
+        assert lead
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (("here", 2, 0), {}, "--coordinator is 'here'; expected host:port"),
+        ((None, None, None), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'"),
+    ],
+)
+def test_flags_that_join_nothing_are_refused(arguments, variables, message, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        distributed.initialize(*arguments)

@@ -1,0 +1,244 @@
+"""Several processes that work as one: how they find each other, wait, share work and end.
+
+A process on a machine with accelerators sees that machine's devices; JAX joins the processes, so
+that arrays and meshes span all of them. Process 0 leads: it alone writes small files and prints.
+One process without any of this is the plain case, in which every function here does the obvious.
+"""
+
+import atexit
+import contextlib
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.training.sharding import MESH_AXES, Layout, make_layout
+
+ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+"""What may be set instead of `--coordinator`, `--num-processes` and `--process-id`."""
+
+_END = "videollm_mod_jax/end"
+# Waiting for process 0 to draw a dataset may take hours; a process that died is noticed anyway.
+_PATIENCE_MS = 7 * 24 * 3600 * 1000
+_barriers = itertools.count()
+
+
+class Stopped(Exception):
+    """A run was asked to end (SIGTERM), has saved its state, and can be continued."""
+
+
+def initialize(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the other processes of this job, if there are any; call it before anything else.
+
+    On Cloud TPU, GKE, SLURM and under Open MPI, JAX finds out by itself; elsewhere the arguments or
+    the variables of `ENVIRONMENT` say it. Without any of these the process stays alone. Also keeps
+    compiled programs in the user's cache directory, so that a restart does not compile again;
+    `JAX_COMPILATION_CACHE_DIR` names another one.
+
+    Args:
+      coordinator: host:port of process 0; any free port.
+      num_processes: how many there are.
+      process_id: which one this is, from 0.
+
+    Raises:
+      UserError: some of the three are given, and the rest is neither given nor found.
+    """
+    coordinator = coordinator or os.environ.get(ENVIRONMENT[0])
+    num_processes = _number(num_processes, ENVIRONMENT[1])
+    process_id = _number(process_id, ENVIRONMENT[2])
+    given = [value is not None for value in (coordinator, num_processes, process_id)]
+    if all(given) and ":" not in coordinator:
+        raise UserError(f"--coordinator is {coordinator!r}; expected host:port of process 0")
+    alone = False
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            cluster_detection_method="deactivate" if all(given) else None,
+        )
+    except ValueError as error:
+        if any(given):
+            raise UserError(
+                f"--coordinator is {coordinator}, --num-processes {num_processes} and --process-id "
+                f"{process_id}: {error} Give all three, or the variables {', '.join(ENVIRONMENT)}"
+            ) from error
+        alone = True
+    except RuntimeError as error:
+        if any(given) or isinstance(error, jax.errors.JaxRuntimeError):
+            raise
+        # JAX runs already: a verb that a notebook calls. There is nobody to join.
+        return
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "videollm_mod_jax" / "compiled"))
+    if alone:
+        return
+    watch = threading.Thread(target=_end_with_the_others, daemon=True)
+    watch.start()
+    atexit.register(_finish, watch)
+
+
+def is_lead() -> bool:
+    """Whether this process writes small files and prints."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when every process has come here; all must pass the same barriers in one order."""
+    if jax.process_count() > 1:
+        _client().wait_at_barrier(f"{name}/{next(_barriers)}", _PATIENCE_MS)
+
+
+@contextlib.contextmanager
+def lead_first(name: str) -> Iterator[bool]:
+    """Process 0 runs the block, then all others do, who find on disk what it made.
+
+    Yields:
+      Whether this is process 0.
+    """
+    lead = is_lead()
+    if not lead:
+        barrier(name)
+    yield lead
+    if lead:
+        barrier(name)
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in their order; values are json types."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text))).reshape(-1)
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
+def own_layout(rule_set: str, mesh_shape: tuple[int, int, int]) -> Layout:
+    """How a whole model lies on the devices of this process alone, for work that is not shared.
+
+    Args:
+      rule_set: as in `make_layout`, whose layout a process has that is alone.
+      mesh_shape: of all devices of all processes; several have all of their own along fsdp.
+    """
+    layout = make_layout(rule_set, mesh_shape)
+    if jax.process_count() == 1:
+        return layout
+    devices = np.asarray(jax.local_devices()).reshape(1, -1, 1)
+    mesh = Mesh(devices, MESH_AXES, axis_types=layout.mesh.axis_types)
+    return Layout(mesh, layout.rules)
+
+
+class StopSignal:
+    """Notices SIGTERM, so that a run can save before it ends; a context manager.
+
+    Schedulers send it before they take a machine away. Alone, a process stops after the update at
+    hand. Of several, any of which may get the signal, all stop after the same update: JAX agrees on
+    one that none has passed.
+    """
+
+    def __enter__(self) -> "StopSignal":
+        self._received = False
+        # JAX handles the signal itself once it has joined processes.
+        self._handles = (
+            not jax.distributed.is_initialized()
+            and threading.current_thread() is threading.main_thread()
+        )
+        if self._handles:
+            self._before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._handles:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and stop after this update; ask in all processes, at every update."""
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._received
+
+    def _receive(self, *signal_and_frame: object) -> None:
+        self._received = True
+
+
+def end_all(status: int, message: str | None) -> NoReturn:
+    """Ends all processes of the job with one message, whatever the others are waiting for.
+
+    A process that just left would keep the others in their next collective until a timeout.
+
+    Args:
+      status: exit status of all of them.
+      message: printed on stderr if this process is the first to end; None for the traceback of
+        the exception being handled.
+    """
+    message = traceback.format_exc().rstrip() if message is None else message
+    try:
+        _client().key_value_set(_END, f"{status} {jax.process_index()}")
+    except jax.errors.JaxRuntimeError as error:
+        # Another one was first: it has spoken, and the thread below ends this process.
+        if "ALREADY_EXISTS" in str(error):
+            threading.Event().wait()
+    print(message, file=sys.stderr)
+    _leave(status)
+
+
+def _end_with_the_others() -> None:
+    """Waits, in a thread, for a process that ends all of them."""
+    try:
+        status, first = map(int, _client().blocking_key_value_get(_END, _PATIENCE_MS).split())
+    except jax.errors.JaxRuntimeError:
+        # Process 0 is gone, which JAX reports itself.
+        return
+    if status and first != jax.process_index():
+        _leave(status)
+
+
+def _finish(watch: threading.Thread) -> None:
+    """Releases the threads when the work is done: a waiting one would crash the interpreter."""
+    if is_lead():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _client().key_value_set(_END, "0 0")
+    watch.join()
+
+
+def _leave(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_lead():
+        # It serves the others, who are still to hear of the end.
+        time.sleep(1)
+    # Not sys.exit: the main thread may be in a collective that never returns.
+    os._exit(status)
+
+
+def _client() -> Any:
+    # It has no public name; Orbax takes it from the same place.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _number(value: int | None, variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if value is not None or not text:
+        return value
+    if not text.isdigit():
+        raise UserError(f"{variable} is {text!r}; expected a number")
+    return int(text)
