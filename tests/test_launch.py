@@ -1,9 +1,11 @@
 """Launch scripts: what they would do, what they refuse, and a rehearsed pod job."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,3 +169,24 @@ def test_the_status_of_a_rehearsal_is_that_of_a_process_that_failed(tmp_path):
     python = write_script(tmp_path / "python", "#!/usr/bin/env bash\nexit $((3 - 3 * ${@: -1}))\n")
     done = run("local.sh --port 4000", *TRAIN, PYTHON=str(python))
     assert done.returncode == 3
+
+
+def test_a_rehearsal_really_trains_with_two_processes(tmp_path):
+    workdir = tmp_path / "run"
+    small = (
+        "data.train=8 data.validation=2 data.test=4 data.batch_size=4 data.frames=4 "
+        "tower.steps=2 tower.batch_size=4 evaluation.batch_size=4 training.steps=2 "
+        "model.decoder.num_layers=2 model.decoder.hidden_size=32 model.decoder.num_heads=2 "
+        "model.decoder.head_dim=16 training.log_every=1 training.sharding=fsdp "
+        "training.mesh=2,-1,1"
+    )
+    overrides = (f"--config.{change}" for change in small.split())
+    config = str(ROOT / "configs" / "digits.py")
+    arguments = ("--", "--config", config, "--workdir", str(workdir), *overrides)
+    done = run("local.sh --processes 2 --devices 2", *arguments, PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout[-3000:]
+    said = [line for line in done.stdout.splitlines() if "step 2 of 2: loss" in line]
+    assert [line[:3] for line in said] == ["0: "]
+    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2]
+    assert set(json.loads((workdir / "evaluation.json").read_text())) == {"before", "after"}

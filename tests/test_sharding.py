@@ -121,6 +121,15 @@ class FakeDevice:
     device_kind: str = "fake"
 
 
+@dataclasses.dataclass(frozen=True)
+class FakeMesh:
+    """A mesh of fake devices."""
+
+    devices: np.ndarray
+    axis_names: tuple[str, ...]
+    axis_types: tuple
+
+
 def slices_on_mesh(shape, slices=2, each=4):
     # Not in the order of their slices, as jax.devices() need not be.
     devices = [FakeDevice(i, i % slices) for i in range(slices * each)]
@@ -143,11 +152,19 @@ def test_data_crosses_slices_and_the_other_axes_stay_inside_them():
 
 def test_devices_that_form_slices_are_arranged_by_them(monkeypatch):
     # Mesh takes real devices only; what matters is which arrangement it is given.
-    monkeypatch.setattr(sharding, "Mesh", lambda devices, axes, axis_types: devices)
+    monkeypatch.setattr(sharding, "Mesh", FakeMesh)
     devices = [FakeDevice(i, i // 4) for i in range(8)]
     layout = sharding.make_layout("fsdp", (2, -1, 1), devices)
-    ids = np.vectorize(lambda device: device.id)(layout.mesh)
+    ids = np.vectorize(lambda device: device.id)(layout.mesh.devices)
     np.testing.assert_array_equal(ids[..., 0], [[0, 1, 2, 3], [4, 5, 6, 7]])
+
+
+def test_processes_that_would_share_rows_of_a_batch_are_refused(monkeypatch):
+    monkeypatch.setattr(sharding, "Mesh", FakeMesh)
+    devices = [FakeDevice(i, slice_index=i // 4, process_index=i // 2) for i in range(8)]
+    sharding.make_layout("fsdp_tensor", (2, 2, 2), devices)
+    with pytest.raises(UserError, match="tensor into several processes"):
+        sharding.make_layout("fsdp_tensor", (2, 1, 4), devices)
 
 
 @pytest.mark.parametrize("mesh", [(2, 1, 1), (-1, -1, 1), (0, -1, 1), (-1, 2, 1), (-2, -1, 1)])

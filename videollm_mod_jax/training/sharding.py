@@ -148,6 +148,13 @@ def make_layout(
         mesh = jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
     else:
         mesh = Mesh(arrange_slices(shape, slices, devices), MESH_AXES, axis_types=types)
+    process = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    if np.any(process != process[:, :, :1]):
+        # They would hold the same rows of a batch, of which each reads its own.
+        raise UserError(
+            f"mesh is {shape} (devices along {', '.join(MESH_AXES)}), which puts the devices along "
+            "tensor into several processes; make the last size smaller, so that one suffices"
+        )
     return Layout(mesh, RULES[rule_set])
 
 
