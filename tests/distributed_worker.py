@@ -52,6 +52,7 @@ def train(workdir: Path, waits: bool = False) -> None:
         tokenizer=tiny_training.TOKENIZER,
         system="watch",
         batches_from=lambda start: batches_from(start, waits),
+        profile_steps=1,
     )
     print(digest(trained.variables))
 

@@ -159,8 +159,8 @@ class Profile:
     def __init__(self, directory: Path, done: int, steps: int):
         """Will trace `steps` updates, some after update `done`; none if 0."""
         self._path = directory / PROFILE
-        self._first = done + 1 + _WARM_UP if steps and distributed.is_lead() else -1
-        self._last = self._first + steps
+        self._first = done + 1 + _WARM_UP
+        self._end = self._first + (steps if distributed.is_lead() else 0)
         self._running = False
 
     def __enter__(self) -> "Profile":
@@ -172,7 +172,7 @@ class Profile:
 
     def before(self, step: int, state: Any) -> None:
         """Starts or ends the trace, if it is time; call it before every update of `state`."""
-        if step not in (self._first, self._last):
+        if self._first == self._end or step not in (self._first, self._end):
             return
         # The device is behind; a trace holds whole updates.
         jax.block_until_ready(state)
