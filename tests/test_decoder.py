@@ -322,7 +322,7 @@ def test_linear_rope_scaling_divides_every_frequency():
 
 @pytest.mark.parametrize("fields", [{"kind": "linear", "low_freq_factor": 1.0}, {"kind": "llama3"}])
 def test_rope_scaling_with_the_fields_of_another_kind_is_refused(fields):
-    with pytest.raises(UserError, match="rope_scaling.low_freq_factor is"):
+    with pytest.raises(UserError, match=r"rope_scaling\.low_freq_factor is"):
         RopeScaling(factor=2.0, **fields)
 
 
