@@ -141,9 +141,10 @@ def products(jaxpr) -> int:
             lhs = equation.invars[0].aval.shape
             total += 2 * equation.outvars[0].aval.size * int(np.prod([lhs[i] for i in contracted]))
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        total += times * sum(
-            products(inner) for inner in jax.core.jaxprs_in_params(equation.params)
-        )
+        # A parameter may be a program, closed or not, or a tuple of them.
+        values = jax.tree.leaves(tuple(equation.params.values()))
+        inner = (getattr(value, "jaxpr", value) for value in values)
+        total += times * sum(products(program) for program in inner if hasattr(program, "eqns"))
     return total
 
 
