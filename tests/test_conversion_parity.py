@@ -6,10 +6,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from tests import parity, tiny_hf  # noqa: E402
-from videollm_mod_jax.conversion import stages  # noqa: E402
-from videollm_mod_jax.conversion.cases import Case  # noqa: E402
-from videollm_mod_jax.conversion.verify import divergence  # noqa: E402
+from tests import parity, tiny_hf
+from videollm_mod_jax.conversion import stages
+from videollm_mod_jax.conversion.cases import Case
+from videollm_mod_jax.conversion.verify import divergence
 
 DECODERS = {
     "grouped queries": (tiny_hf.llama, {}),

@@ -11,16 +11,16 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from tests import parity, tiny_hf  # noqa: E402
-from tests.test_conversion_peft import LANGUAGE, LIVE_REGEX, adapt, live_llama  # noqa: E402
-from videollm_mod_jax.conversion import stages  # noqa: E402
-from videollm_mod_jax.conversion.cases import Case  # noqa: E402
-from videollm_mod_jax.conversion.families import plan_conversion  # noqa: E402
-from videollm_mod_jax.conversion.importing import import_model  # noqa: E402
-from videollm_mod_jax.conversion.loading import load_hf  # noqa: E402
-from videollm_mod_jax.conversion.plan import Options  # noqa: E402
-from videollm_mod_jax.conversion.verify import verify  # noqa: E402
-from videollm_mod_jax.models import VideoLLM  # noqa: E402
+from tests import parity, tiny_hf
+from tests.test_conversion_peft import LANGUAGE, LIVE_REGEX, adapt, live_llama
+from videollm_mod_jax.conversion import stages
+from videollm_mod_jax.conversion.cases import Case
+from videollm_mod_jax.conversion.families import plan_conversion
+from videollm_mod_jax.conversion.importing import import_model
+from videollm_mod_jax.conversion.loading import load_hf
+from videollm_mod_jax.conversion.plan import Options
+from videollm_mod_jax.conversion.verify import verify
+from videollm_mod_jax.models import VideoLLM
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 RNG = np.random.default_rng(0)

@@ -9,13 +9,13 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from tests import parity, tiny_hf  # noqa: E402
-from videollm_mod_jax.conversion import stages  # noqa: E402
-from videollm_mod_jax.conversion.cases import Case, any_resolution  # noqa: E402
-from videollm_mod_jax.conversion.families import plan_conversion  # noqa: E402
-from videollm_mod_jax.conversion.plan import Options  # noqa: E402
-from videollm_mod_jax.conversion.verify import divergence  # noqa: E402
-from videollm_mod_jax.models import anyres  # noqa: E402
+from tests import parity, tiny_hf
+from videollm_mod_jax.conversion import stages
+from videollm_mod_jax.conversion.cases import Case, any_resolution
+from videollm_mod_jax.conversion.families import plan_conversion
+from videollm_mod_jax.conversion.plan import Options
+from videollm_mod_jax.conversion.verify import divergence
+from videollm_mod_jax.models import anyres
 
 RNG = np.random.default_rng(0)
 PICTURES = {

@@ -11,19 +11,19 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from tests import tiny_hf  # noqa: E402
-from tests.tiny_conversion import shapes  # noqa: E402
-from videollm_mod_jax.conversion.adapter import export_adapter  # noqa: E402
-from videollm_mod_jax.conversion.families import plan_conversion  # noqa: E402
-from videollm_mod_jax.conversion.llama import decoder_to_hf  # noqa: E402
-from videollm_mod_jax.conversion.loading import VariableReader, check_repeats  # noqa: E402
-from videollm_mod_jax.conversion.peft_names import base_table  # noqa: E402
-from videollm_mod_jax.conversion.plan import Options  # noqa: E402
-from videollm_mod_jax.conversion.table import match  # noqa: E402
-from videollm_mod_jax.errors import UserError  # noqa: E402
-from videollm_mod_jax.models import LoraConfig, RoutingConfig, VideoLLMConfig  # noqa: E402
-from videollm_mod_jax.models.config import LINEAR_NAMES  # noqa: E402
-from videollm_mod_jax.models.presets import decoder_preset, vision_preset  # noqa: E402
+from tests import tiny_hf
+from tests.tiny_conversion import shapes
+from videollm_mod_jax.conversion.adapter import export_adapter
+from videollm_mod_jax.conversion.families import plan_conversion
+from videollm_mod_jax.conversion.llama import decoder_to_hf
+from videollm_mod_jax.conversion.loading import VariableReader, check_repeats
+from videollm_mod_jax.conversion.peft_names import base_table
+from videollm_mod_jax.conversion.plan import Options
+from videollm_mod_jax.conversion.table import match
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models import LoraConfig, RoutingConfig, VideoLLMConfig
+from videollm_mod_jax.models.config import LINEAR_NAMES
+from videollm_mod_jax.models.presets import decoder_preset, vision_preset
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

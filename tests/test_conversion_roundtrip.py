@@ -10,14 +10,14 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
-from tests import tiny_hf  # noqa: E402
-from tests.test_conversion_peft import LIVE_REGEX, adapt, live_llama, untrained  # noqa: E402
-from videollm_mod_jax.conversion.exporting import export_model  # noqa: E402
-from videollm_mod_jax.conversion.families import plan_conversion  # noqa: E402
-from videollm_mod_jax.conversion.importing import import_model  # noqa: E402
-from videollm_mod_jax.conversion.plan import Options  # noqa: E402
+from tests import tiny_hf
+from tests.test_conversion_peft import LIVE_REGEX, adapt, live_llama, untrained
+from videollm_mod_jax.conversion.exporting import export_model
+from videollm_mod_jax.conversion.families import plan_conversion
+from videollm_mod_jax.conversion.importing import import_model
+from videollm_mod_jax.conversion.plan import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 QUIET = rich.console.Console(quiet=True)
