@@ -28,7 +28,12 @@ from videollm_mod_jax.training.step import BATCH_KEYS, make_train_step
 LAYOUTS = {"replicate": (-1, 1, 1), "fsdp": (2, -1, 1), "fsdp_tensor": (2, 2, 2)}
 """By rule set: the mesh of eight devices."""
 
-MODELS = ("full", "mod")
+UNROLLED = ("full", "mod")
+"""Models whose layers are written out, so that every collective stands in the program as often as
+it runs."""
+
+SCANNED = "mod scanned"
+"""The routed model as `train` runs it by default: with a loop over its layers."""
 
 OPTIMIZER = dataclasses.replace(
     tiny_training.OPTIMIZER,
@@ -42,10 +47,12 @@ OPTIMIZER = dataclasses.replace(
 
 
 def model_config(model: str) -> VideoLLMConfig:
-    """Two layers with adapters; the second is routed if the model is `mod`."""
+    """Two layers with adapters; the second is routed unless the model is `full`."""
     config = tiny_training.model_config(rank=2)
     config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, num_layers=2))
-    return config if model == "mod" else dataclasses.replace(config, routing=full_computation())
+    if model == "full":
+        config = dataclasses.replace(config, routing=full_computation())
+    return config
 
 
 def row_axes() -> tuple[int, int]:
@@ -94,17 +101,17 @@ def moment(state: TrainState):
     return optax.tree_utils.tree_get(state.opt_state, "mu")
 
 
-def compare(model: str) -> dict[str, dict]:
+def compare(name: str) -> dict[str, dict]:
     """One update on one device, and on eight as each rule set lays it out."""
-    config = model_config(model)
-    trained, frozen = split_variables(tiny_training.variables(config), "full")
+    config, scan = model_config(name), name == SCANNED
+    trained, frozen = split_variables(tiny_training.variables(config, scan=scan), "full")
     batch = tiny_training.batch(0, batch_size=16)
     batch = {key: batch[key] for key in BATCH_KEYS}
-    # Unrolled, because a collective in the body of a scan is written once for all its layers.
-    training = tiny_training.training_config(optimizer=OPTIMIZER, scan=False)
+    training = tiny_training.training_config(optimizer=OPTIMIZER, scan=scan)
     optimizer = Run.build(training, config).optimizer
+    model = VideoLLM(config, scan=scan)
     step = make_train_step(
-        VideoLLM(config),
+        model,
         optimizer,
         lambda step: 0.0,
         stream_weight=training.stream_weight,
@@ -120,11 +127,14 @@ def compare(model: str) -> dict[str, dict]:
         compiled = lowered.compile()
         arguments = jax.device_put((before, frozen), sharding.shardings(run.target))
         eight, sums = compiled(*arguments, run.layout.put_batch(batch))
+        fresh = sharding.init_sharded(model, jax.random.key(0), run.layout)
+        expected = sharding.abstract_variables(model, run.layout)
         report[rules] = {
             "loss": abs(float(sums["loss"][0] / sums_one["loss"][0]) - 1),
             "moment": distance(moment(eight), moment(one)),
             "update": distance(updates(eight, before), updates(one, before)),
             "placed": sharding.shardings(eight) == sharding.shardings(run.target[0]),
+            "made_in_parts": sharding.shardings(fresh) == sharding.shardings(expected),
             "constraints": lowered.as_text().count("sharding_constraint"),
             "collectives": collectives(compiled.as_text(), set(row_axes())),
         }
@@ -132,4 +142,5 @@ def compare(model: str) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps({model: compare(model) for model in MODELS}))
+    found = {name: compare(name) for name in (*UNROLLED, SCANNED)}
+    Path(sys.argv[1]).write_text(json.dumps(found))

@@ -81,19 +81,9 @@ def test_force_keep_last_always_keeps_the_last_token():
     assert (np.asarray(routing.select_tokens(ranked, 2))[..., -1] == 9).all()
 
 
-def test_weighting_forms():
-    x = jnp.full((1, 2, 3), 2.0)
-    update = jnp.full((1, 2, 3), 5.0)
-    score = jnp.full((1, 2), 0.5)
-    is_vision = jnp.array([[True, False]])
-    sigmoid = 1 / (1 + np.exp(-0.5))
-    expected = {
-        "paper": 0.5 * 5.0,
-        "official": sigmoid * (2.0 + 5.0) - 2.0,
-        "tanh1": (1 + 0.2 * np.tanh(0.5)) * 5.0,
-        "none": 5.0,
-    }
-    for weighting, value in expected.items():
-        out = routing.weight_update(weighting, x, update, score, is_vision)
-        np.testing.assert_allclose(out[0, 0], value, rtol=1e-6)
-        np.testing.assert_allclose(out[0, 1], 5.0)
+def test_token_gates_drawn_example():
+    score, is_vision = jnp.full((1, 2), 0.5), jnp.array([[True, False]])
+    expected = {"paper": 0.5, "official": 0.62, "tanh1": 1.09, "none": 1}
+    for weighting, gate in expected.items():
+        gates = routing.token_gates(weighting, score, is_vision)
+        np.testing.assert_allclose(gates, [[gate, 1]], atol=0.005)

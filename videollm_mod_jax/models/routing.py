@@ -162,35 +162,27 @@ def router_scores(x: jax.Array, kernel_D: jax.Array) -> jax.Array:
     return jnp.einsum("...D,D->...", x.astype(jnp.float32), kernel_D.astype(jnp.float32))
 
 
-def weight_update(
-    weighting: str,
-    x_BMD: jax.Array,
-    update_BMD: jax.Array,
-    score_BM: jax.Array,
-    is_vision_BM: jax.Array,
-) -> jax.Array:
-    """What the residual stream receives: f(x) for text, the weighted form for vision.
+def token_gates(weighting: str, score_BM: jax.Array, is_vision_BM: jax.Array) -> jax.Array:
+    """g of every computed row: what its update is multiplied by, 1 for text.
+
+    A row leaves the layer as `x + g f(x)`; under `official` as `g (x + f(x))`.
+
+    ```
+    score .5 .5, is_vision x .      paper .5 1      official .62 1      tanh1 1.09 1      none 1 1
+    ```
 
     Args:
       weighting: as `RoutingConfig.weighting` says.
-      x_BMD: the layer's input rows.
-      update_BMD: f(x) = attention + MLP, so that a dense layer is x + f(x).
       score_BM: float32 router scores (bias included, for `official`).
       is_vision_BM: bool.
 
     Returns:
-      [B, M, D], to be added to x.
+      float32 [B, M].
     """
-    if weighting == "none":
-        return update_BMD
     gate_BM = {
         "paper": lambda s: s,
         "official": jax.nn.sigmoid,
         "tanh1": lambda s: 1 + 0.2 * jnp.tanh(s),
+        "none": jnp.ones_like,
     }[weighting](score_BM)
-    gate_BM1 = gate_BM.astype(update_BMD.dtype)[..., None]
-    if weighting == "official":
-        weighted_BMD = gate_BM1 * (x_BMD + update_BMD) - x_BMD
-    else:
-        weighted_BMD = gate_BM1 * update_BMD
-    return jnp.where(is_vision_BM[..., None], weighted_BMD, update_BMD)
+    return jnp.where(is_vision_BM, gate_BM, 1)
