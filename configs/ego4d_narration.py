@@ -13,7 +13,8 @@ import ml_collections
 
 from videollm_mod_jax import experiment
 
-MICROBATCHES = {"v5e-16": 4, "v6e-16": 4, "v5p-8": 4, "gpu-8": 4}
+# Cloud TPU's names: a v5e or v6e counts its chips, a v5p two for each.
+MICROBATCHES = {"v5e-16": 4, "v6e-16": 2, "v5p-8": 2, "v5p-16": 1, "gpu-8": 2}
 BATCH_SIZE = 64
 EPOCHS = 2
 

@@ -1,0 +1,247 @@
+"""What a dataset of annotated videos is before it is stored: records, labels, a count of the rest.
+
+A `Dataset` reads the files of a public download. Every annotation of it either becomes part of a
+`Record` or is counted in the `Report` under a reason, with the file, record and field of the first
+few; nothing is lost in silence. What is wrong with a file as a whole raises a UserError.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from videollm_mod_jax.errors import UserError
+
+EXAMPLES_PER_REASON = 3
+MAX_TEXT = 100_000  # characters; a longer "annotation" is damage
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What is said at a moment of a video.
+
+    Attributes:
+      role: "user" or "assistant".
+      time: seconds from the beginning of the video; `dialogue.conversation_from_turns` says before
+        or after which frame it comes.
+      text: what is said.
+      learn: whether the model is trained to say it.
+    """
+
+    role: str
+    time: float
+    text: str
+    learn: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One conversation about one stretch of a video.
+
+    Attributes:
+      id: unique in its dataset.
+      video: name of the video (or image) in the feature store.
+      start, stop: the stretch in seconds: frames i with start <= i / fps < stop.
+      turns: in order of time.
+      target: what a benchmark compares the model's answer with, as json types; {} for none.
+    """
+
+    id: str
+    video: str
+    start: float
+    stop: float
+    turns: tuple[Turn, ...]
+    target: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Videos:
+    """The videos whose features are stored.
+
+    Attributes:
+      fps: frames per second of the features.
+      frames: number of frames by name.
+    """
+
+    fps: float
+    frames: Mapping[str, int]
+
+    def duration(self, video: str) -> float:
+        """Seconds that the stored frames of a video last."""
+        return self.frames[video] / self.fps
+
+
+class Report:
+    """Counts what becomes of annotations.
+
+    Attributes:
+      kept: annotations that became part of a record.
+      dropped: number by reason.
+      examples: the first few of every reason, each as `where: what`.
+    """
+
+    def __init__(self) -> None:
+        self.kept = 0
+        self.dropped: collections.Counter[str] = collections.Counter()
+        self.examples: dict[str, list[str]] = collections.defaultdict(list)
+
+    def keep(self, count: int = 1) -> None:
+        """Counts annotations that became part of a record."""
+        self.kept += count
+
+    def drop(self, reason: str, where: str, what: str = "") -> None:
+        """Counts an annotation that did not.
+
+        Args:
+          reason: one of a few, such as "empty text"; what the count goes by.
+          where: file, record and field, such as "coin.json: xyz: annotation 3: field 'segment'".
+          what: what was found there.
+        """
+        self.dropped[reason] += 1
+        if len(self.examples[reason]) < EXAMPLES_PER_REASON:
+            self.examples[reason].append(f"{where}: {what}" if what else where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a dataset is read from.
+
+    Attributes:
+      directory: of the download.
+      videos: whose features are stored; annotations of others are dropped and counted.
+      max_frames: longest stretch of a record; longer videos are cut into several.
+      report: what became of the annotations.
+    """
+
+    directory: Path
+    videos: Videos
+    max_frames: int
+    report: Report
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """What a dataset gives.
+
+    Attributes:
+      splits: records by split, read as they are asked for.
+      labels: the answers among which a benchmark looks for the nearest; () for open answers.
+    """
+
+    splits: Mapping[str, Iterable[Record]]
+    labels: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A public dataset and how it is read.
+
+    Attributes:
+      name: of the dataset.
+      page: where to get it, the files expected, their schema, record counts, what is dropped and
+        why, as Markdown.
+      read: gives its records; raises UserError where a file as a whole cannot be used.
+      benchmark: how it is evaluated: a name of `evaluation/benchmarks.py`.
+    """
+
+    name: str
+    page: str
+    read: Callable[[Source], Parsed]
+    benchmark: str
+
+
+class FieldError(Exception):
+    """An annotation that cannot be used.
+
+    Attributes:
+      reason: as `Report.drop` counts it.
+      where: the record and field.
+      what: what was expected and found.
+    """
+
+    def __init__(self, reason: str, where: str, what: str):
+        super().__init__(f"{where}: {what}")
+        self.reason, self.where, self.what = reason, where, what
+
+
+def field(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """A field of a json object.
+
+    Args:
+      record: what should be the object.
+      name: of the field.
+      kind: the json type it must have; a bool is no number.
+      where: what error messages call the object.
+
+    Raises:
+      FieldError: "not an object", "missing field" or "wrong type".
+    """
+    if not isinstance(record, Mapping):
+        raise FieldError("not an object", where, f"expected an object, found {shown(record)}")
+    where = f"{where}: field '{name}'"
+    if name not in record:
+        raise FieldError("missing field", where, f"absent; there are {shown(sorted(record))}")
+    value, kinds = record[name], kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join(k.__name__ for k in kinds)
+        raise FieldError("wrong type", where, f"expected {names}, found {shown(value)}")
+    return value
+
+
+def text_field(record: Any, name: str, where: str) -> str:
+    """A field of text, stripped.
+
+    Raises:
+      FieldError: as `field`, or "empty text", "text too long".
+    """
+    text = field(record, name, str, where).strip()
+    if not text:
+        raise FieldError("empty text", f"{where}: field '{name}'", "expected a text, found none")
+    if len(text) > MAX_TEXT:
+        raise FieldError(
+            "text too long",
+            f"{where}: field '{name}'",
+            f"expected at most {MAX_TEXT} characters, found {len(text)}",
+        )
+    return text
+
+
+def seconds_field(record: Any, name: str, where: str) -> float:
+    """A field of seconds.
+
+    Raises:
+      FieldError: as `field`, or "bad time" unless it is finite and not negative.
+    """
+    seconds = field(record, name, (int, float), where)
+    try:
+        seconds = float(seconds)
+    except OverflowError:
+        seconds = math.inf
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise FieldError(
+            "bad time", f"{where}: field '{name}'", f"expected seconds >= 0, found {seconds:g}"
+        )
+    return seconds
+
+
+def read_json(path: Path) -> Any:
+    """Reads a json file whole.
+
+    Raises:
+      UserError: it is missing, not UTF-8 or not json.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not json: {error}; download it again") from error
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, cut to fit a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
