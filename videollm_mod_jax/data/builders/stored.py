@@ -1,0 +1,339 @@
+"""Prepared datasets: the records of any `annotations.Dataset` as TFDS ArrayRecord files, and back.
+
+    OUT/ego4d_narration/1.0.0/
+      dataset_info.json, features.json, ego4d_narration-train.array_record-00000-of-00001, ...
+      dataset.json      what the records share, and the report of their preparation
+      videos.json       names of the videos by split
+
+TFDS reads it too: `tfds.data_source("ego4d_narration", data_dir=OUT, split="train")`. No TensorFlow
+is needed to write or read it.
+"""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from rich import progress
+from rich.console import Console
+
+from videollm_mod_jax.data import files
+from videollm_mod_jax.data.annotations import Dataset, Record, Report, Source, Turn, frame_range
+from videollm_mod_jax.errors import UserError
+
+VERSION = tfds.core.Version("1.0.0")
+_DATASET, _VIDEOS = "dataset.json", "videos.json"
+
+# TFDS keeps numbers as float32, in which 0.1 s at 30 fps is after frame 3; bytes keep all digits.
+_SECONDS = {"dtype": np.float64, "encoding": "bytes"}
+_FEATURES = {
+    "id": tfds.features.Text(),
+    "video": tfds.features.Text(),
+    "start": tfds.features.Tensor(shape=(), **_SECONDS),
+    "stop": tfds.features.Tensor(shape=(), **_SECONDS),
+    # Arrays side by side are written fourteen times as fast as a Sequence of dicts.
+    "turns": {
+        "role": tfds.features.Tensor(shape=(None,), dtype=np.object_),
+        "time": tfds.features.Tensor(shape=(None,), **_SECONDS),
+        "text": tfds.features.Tensor(shape=(None,), dtype=np.object_),
+        "learn": tfds.features.Tensor(shape=(None,), dtype=np.bool_),
+    },
+    "target": tfds.features.Text(),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """What a split of a prepared dataset amounts to.
+
+    Attributes:
+      records: number of records.
+      videos: number of videos that they are about.
+      frames: frames of all records.
+      turns: turns of all records.
+    """
+
+    records: int
+    videos: int
+    frames: int
+    turns: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredDataset:
+    """A prepared dataset.
+
+    Attributes:
+      directory: of its files.
+      name: of the dataset, as in `registry.DATASETS`.
+      benchmark: how it is evaluated: a name of `evaluation/benchmarks.py`.
+      labels: the answers among which a benchmark looks for the nearest; () for open answers.
+      fps: frames per second of the features that it was prepared for.
+      max_frames: longest stretch of a record.
+      splits: those that have records.
+    """
+
+    directory: Path
+    name: str
+    benchmark: str
+    labels: tuple[str, ...]
+    fps: float
+    max_frames: int
+    splits: Mapping[str, Split]
+
+    def records(self, split: str) -> "StoredRecords":
+        """Random access to the records of a split, in the order in which they were prepared.
+
+        Raises:
+          UserError: no such split.
+        """
+        self._check(split)
+        return StoredRecords(self.directory, split)
+
+    def videos(self, split: str) -> tuple[str, ...]:
+        """Names of the videos of a split, each once, in the order of the records.
+
+        Raises:
+          UserError: no such split.
+        """
+        self._check(split)
+        return tuple(_read_json(self.directory / str(VERSION) / _VIDEOS)[split])
+
+    def _check(self, split: str) -> None:
+        if split not in self.splits:
+            raise UserError(
+                f"{self.directory}: the split is {split!r}; expected one of "
+                + ", ".join(self.splits)
+            )
+
+
+class StoredRecords(Sequence[Record]):
+    """The records of a split; picklable, for the workers of a pipeline."""
+
+    def __init__(self, directory: str | os.PathLike, split: str):
+        """Args: directory: of a `StoredDataset`; split: one that it has."""
+        self._directory, self._split = Path(directory), split
+        with _refusing_damage(self._directory):
+            builder = tfds.builder_from_directory(self._directory / str(VERSION))
+            self._source = builder.as_data_source(split)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        with _refusing_damage(self._directory):
+            return _record(self._source[index % len(self)])
+
+
+def write_dataset(dataset: Dataset, source: Source, out: Path) -> Path:
+    """Reads a dataset and writes its records, with a progress bar.
+
+    An interrupted run leaves no dataset, and the same command makes it from the beginning. What
+    became of the annotations is in `source.report` afterwards.
+
+    Args:
+      dataset: what to read.
+      source: where to read it from.
+      out: its files go to the new directory OUT/NAME.
+
+    Returns:
+      OUT/NAME, for `open_dataset`.
+
+    Raises:
+      UserError: OUT/NAME exists, a file of the source cannot be used, or no annotation can.
+    """
+    target = Path(out) / dataset.name
+    if target.exists():
+        raise UserError(f"{target}: exists already; remove it or write elsewhere")
+    parsed = dataset.read(source)
+    splits = {name: _Counted(records, source.videos.fps) for name, records in parsed.splits.items()}
+    splits = {name: split for name, split in splits.items() if not split.empty}
+    if not splits:
+        raise UserError(
+            f"{source.directory}: no annotation of {dataset.name} can be used; "
+            + (_reasons(source.report) or "there is none")
+        )
+    tfds.disable_progress_bar()  # ours is that of `_Builder`
+    with files.written_aside(target) as aside:
+        tree = aside / "tfds"  # TFDS leaves more than the dataset in it
+        builder = _Builder(dataset, splits, data_dir=os.fspath(tree), file_format="array_record")
+        # It says that it downloads, and to where it is written aside.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+        written = Path(builder.data_dir)
+        counts = {name: split.counts for name, split in splits.items()}
+        shared = {
+            "name": dataset.name,
+            "benchmark": dataset.benchmark,
+            "labels": parsed.labels,
+            "fps": source.videos.fps,
+            "max_frames": source.max_frames,
+            "splits": {name: dataclasses.asdict(count) for name, count in counts.items()},
+            "report": vars(source.report),
+        }
+        _write_json(written / _DATASET, shared)
+        _write_json(written / _VIDEOS, {name: list(s.videos) for name, s in splits.items()})
+        written.rename(aside / str(VERSION))
+        shutil.rmtree(tree)
+    return target
+
+
+def open_dataset(directory: str | os.PathLike) -> StoredDataset:
+    """Opens a prepared dataset.
+
+    Args:
+      directory: as `write_dataset` returned it.
+
+    Raises:
+      UserError: there is none, or its files are damaged.
+    """
+    directory = Path(directory)
+    shared = _read_json(directory / str(VERSION) / _DATASET)
+    with _refusing_damage(directory):
+        return StoredDataset(
+            directory=directory,
+            name=shared["name"],
+            benchmark=shared["benchmark"],
+            labels=tuple(shared["labels"]),
+            fps=shared["fps"],
+            max_frames=shared["max_frames"],
+            splits={name: Split(**counts) for name, counts in shared["splits"].items()},
+        )
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Writes records of any dataset, in order."""
+
+    VERSION = VERSION
+
+    def __init__(self, dataset: Dataset, splits: Mapping[str, "_Counted"], **arguments: object):
+        self.name, self._page, self._splits = dataset.name, dataset.page, splits
+        super().__init__(**arguments)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self._page,
+            disable_shuffling=True,
+            features=tfds.features.FeaturesDict(_FEATURES),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        del dl_manager  # downloads need licences, which a person accepts
+        return {name: self._generate_examples(name) for name in self._splits}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, object]]]:
+        bar = progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn("Preparing {task.description}"),
+            progress.TextColumn("{task.completed:,.0f} records"),
+            progress.TimeElapsedColumn(),
+            console=Console(stderr=True),
+        )
+        with bar:
+            for index, record in enumerate(bar.track(self._splits[split], description=split)):
+                yield index, _example(record)
+
+
+class _Counted:
+    """The records of a split, counted as they pass."""
+
+    def __init__(self, records: Iterable[Record], fps: float):
+        records = iter(records)
+        first = tuple(itertools.islice(records, 1))
+        self.empty = not first
+        self.videos: dict[str, None] = {}
+        self._records, self._fps = itertools.chain(first, records), fps
+        self._count = self._frames = self._turns = 0
+
+    def __iter__(self) -> Iterator[Record]:
+        for record in self._records:
+            self.videos[record.video] = None
+            self._count += 1
+            self._frames += len(frame_range(record, self._fps))
+            self._turns += len(record.turns)
+            yield record
+
+    @property
+    def counts(self) -> Split:
+        return Split(
+            records=self._count,
+            videos=len(self.videos),
+            frames=self._frames,
+            turns=self._turns,
+        )
+
+
+def _reasons(report: Report) -> str:
+    """Why annotations were dropped, with an example of each, the most frequent first."""
+    return "; ".join(
+        f"{count} dropped for {reason!r}, such as {report.examples[reason][0]}"
+        for reason, count in report.dropped.most_common()
+    )
+
+
+def _example(record: Record) -> dict[str, object]:
+    turns = record.turns
+    return {
+        "id": record.id,
+        "video": record.video,
+        "start": record.start,
+        "stop": record.stop,
+        "turns": {
+            "role": np.array([turn.role.encode() for turn in turns], object),
+            "time": np.array([turn.time for turn in turns], np.float64),
+            "text": np.array([turn.text.encode() for turn in turns], object),
+            "learn": np.array([turn.learn for turn in turns], bool),
+        },
+        "target": json.dumps(record.target),
+    }
+
+
+def _record(example: Mapping[str, Any]) -> Record:
+    turns = example["turns"]
+    rows = zip(turns["role"], turns["time"], turns["text"], turns["learn"], strict=True)
+    return Record(
+        id=example["id"].decode(),
+        video=example["video"].decode(),
+        start=float(example["start"]),
+        stop=float(example["stop"]),
+        turns=tuple(
+            Turn(role.decode(), float(time), text.decode(), bool(learn))
+            for role, time, text, learn in rows
+        ),
+        target=json.loads(example["target"]),
+    )
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected a prepared dataset, found none; prepare it") from error
+
+
+@contextlib.contextmanager
+def _refusing_damage(directory: Path) -> Iterator[None]:
+    """Turns what TFDS raises for damaged files into a UserError."""
+    try:
+        yield
+    # The libraries below raise whatever they trip over.
+    except Exception as error:
+        raise UserError(
+            f"{directory}: the prepared dataset is damaged ({type(error).__name__}); remove it and "
+            "prepare it again"
+        ) from error
