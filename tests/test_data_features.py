@@ -1,56 +1,169 @@
-"""The feature store: exact round trip, expectations, and nothing left of a write that failed."""
+"""The feature store: exact reads of any frames, expectations, nothing left of a failed write."""
 
 import dataclasses
+import json
 import pickle
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from videollm_mod_jax.data.features import FeatureMeta, FeatureSource, FeatureWriter
+from videollm_mod_jax.data.feature_shards import (
+    FRAMES_PER_RECORD,
+    FeatureMeta,
+    ShardWriter,
+    join_shards,
+    shard_name,
+)
+from videollm_mod_jax.data.features import FeatureSource, FeatureWriter
 from videollm_mod_jax.errors import UserError
 
 META = FeatureMeta(features_per_frame=3, width=4, fps=2.0, resolution=48, tower="abc")
 
 
-def features(i):
-    return np.random.default_rng(i).standard_normal((i + 1, 3, 4)).astype(np.float32)
+def features(seed, frames):
+    return np.random.default_rng(seed).standard_normal((frames, 3, 4)).astype(np.float32)
 
 
-def write(path, count=5):
+VIDEOS = {
+    "vidéo 0": features(0, 1),
+    "a/b": features(1, 2 * FRAMES_PER_RECORD),
+    "c": features(2, 2 * FRAMES_PER_RECORD + 1),
+    "d": features(3, 17),
+}
+
+
+def write(path, videos=VIDEOS):
     with FeatureWriter(path, META) as writer:
-        for i in range(count):
-            writer.add(f"vidéo {i}", features(i))
+        for name, features_FNW in videos.items():
+            writer.add(name, features_FNW)
 
 
-def test_round_trip_in_any_order(tmp_path):
-    write(tmp_path / "f")
-    source = FeatureSource(tmp_path / "f", **dataclasses.asdict(META))
-    assert len(source) == 5
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("store") / "f"
+    write(path)
+    return FeatureSource(path, **dataclasses.asdict(META))
+
+
+def test_round_trip_in_any_order(source):
     assert source.meta == META
     for one in (source, pickle.loads(pickle.dumps(source))):
-        for i in (3, 0, 4, 3):
-            video_id, read = one.read(i)
-            assert video_id == f"vidéo {i}"
+        assert one.videos.fps == 2.0
+        assert one.videos.frames == {name: len(whole) for name, whole in VIDEOS.items()}
+        for name in ("c", "vidéo 0", "d", "a/b", "c"):
+            assert name in one
+            read = one.read(name)
             assert read.dtype == np.float16
-            np.testing.assert_array_equal(read, features(i).astype(np.float16))
-            np.testing.assert_array_equal(one[i], read)
+            np.testing.assert_array_equal(read, VIDEOS[name].astype(np.float16))
+    assert "e" not in source
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_reading_some_frames_is_slicing_the_whole(source, data):
+    name = data.draw(st.sampled_from(sorted(VIDEOS)))
+    whole = VIDEOS[name].astype(np.float16)
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.one_of(st.none(), st.integers(start, len(whole))))
+    stride = data.draw(st.integers(1, len(whole) + 1))
+    read = source.read(name, start, stop, stride)
+    np.testing.assert_array_equal(read, whole[start:stop:stride])
+
+
+def test_only_the_records_of_the_frames_are_read(source, monkeypatch):
+    read = []
+    records = source._records
+    monkeypatch.setattr(
+        type(records), "__getitem__", lambda self, i: read.append(i) or b"\0" * 24 * 128
+    )
+    source.read("c", FRAMES_PER_RECORD, FRAMES_PER_RECORD + 1)
+    # vidéo 0 has record 0, a/b 1 and 2, c 3 to 5.
+    assert read == [4]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (("e",), "f: e: no such video was encoded"),
+        (("d", -1), "f: d: expected frames of 0 ... 17, found -1 ... 17 by 1"),
+        (("d", 3, 18), "f: d: expected frames of 0 ... 17, found 3 ... 18 by 1"),
+        (("d", 3, 2), "f: d: expected frames of 0 ... 17, found 3 ... 2 by 1"),
+        (("d", 3, 5, 0), "f: d: expected frames of 0 ... 17, found 3 ... 5 by 0"),
+    ],
+)
+def test_frames_that_are_not_there_are_named(source, asked, words):
+    with pytest.raises(UserError, match=words):
+        source.read(*asked)
 
 
 @pytest.mark.parametrize("field", ["features_per_frame", "width", "fps", "resolution", "tower"])
-def test_a_field_that_is_not_as_expected_is_named(tmp_path, field):
-    write(tmp_path / "f", 1)
+def test_a_field_that_is_not_as_expected_is_named(source, field):
     other = "other" if field == "tower" else 7
     expected = dataclasses.asdict(META) | {field: other}
     found = getattr(META, field)
     with pytest.raises(
         UserError, match=f"meta.json: field '{field}': expected {other}, found {found}"
     ):
-        FeatureSource(tmp_path / "f", **expected)
+        FeatureSource(source.path, **expected)
+
+
+def test_the_drawn_index(tmp_path):
+    shards = [shard_name(i, 2) for i in range(2)]
+    with ShardWriter(tmp_path / shards[0], META) as shard:
+        for name, frames in (("a", 300), ("b", 20)):
+            shard.append(name, features(0, frames))
+            shard.end(name)
+    with ShardWriter(tmp_path / shards[1], META) as shard:
+        shard.append("c", features(1, 130))
+        shard.end("c")
+        shard.fail("d", "cannot read the video")
+    join_shards(tmp_path, META, shards)
+    assert json.loads((tmp_path / "index.json").read_text()) == {
+        "frames_per_record": 128,
+        "shards": {
+            "features-00000-of-00002.array_record": 4,
+            "features-00001-of-00002.array_record": 2,
+        },
+        "videos": {"name": ["a", "b", "c"], "record": [0, 3, 4], "frames": [300, 20, 130]},
+        "bad": {"d": "cannot read the video"},
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*shards, "index.json", "meta.json"]
+    source = FeatureSource(tmp_path)
+    np.testing.assert_array_equal(source.read("c", 125), features(1, 130)[125:].astype(np.float16))
+    assert source.bad == {"d": "cannot read the video"}
+    with pytest.raises(UserError, match="d: cannot read the video"):
+        source.read("d")
+
+
+def test_the_beginning_of_a_bad_video_is_nobodys(tmp_path):
+    name = shard_name(0, 1)
+    with ShardWriter(tmp_path / name, META) as shard:
+        shard.append("a", features(0, FRAMES_PER_RECORD + 5))
+        shard.fail("a", "the rest is damaged")
+        for part in np.split(VIDEOS["c"], [1, 100, 200]):
+            shard.append("c", part)
+        shard.end("c")
+    join_shards(tmp_path, META, [name])
+    source = FeatureSource(tmp_path)
+    assert source.videos.frames == {"c": len(VIDEOS["c"])}
+    np.testing.assert_array_equal(source.read("c"), VIDEOS["c"].astype(np.float16))
+
+
+def test_two_shards_may_not_hold_one_name(tmp_path):
+    shards = [shard_name(i, 2) for i in range(2)]
+    for name in shards:
+        with ShardWriter(tmp_path / name, META) as shard:
+            shard.append("a", features(0, 2))
+            shard.end("a")
+    with pytest.raises(UserError, match="a: two videos have this name"):
+        join_shards(tmp_path, META, shards)
 
 
 def write_and_stop(path):
     with FeatureWriter(path, META) as writer:
-        writer.add("a", features(0))
+        writer.add("a", features(0, 2))
         raise KeyboardInterrupt
 
 
@@ -63,11 +176,12 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 
 
 def test_bad_features_are_named_and_leave_nothing(tmp_path):
-    nan = features(0)
+    nan = features(0, 2)
     nan[0, 0, 0] = np.nan
     for bad, words in [
         (np.zeros((2, 2, 4)), r"v7: expected features \(frames, 3, 4\), found \(2, 2, 4\)"),
-        (features(0) + 1e6, "v7: features are not finite in float16"),
+        (np.zeros((0, 3, 4)), "v7: the video has no frames"),
+        (features(0, 2) + 1e6, "v7: features are not finite in float16"),
         (nan, "v7: features are not finite in float16"),
     ]:
         with pytest.raises(UserError, match=words), FeatureWriter(tmp_path / "f", META) as writer:
@@ -75,10 +189,22 @@ def test_bad_features_are_named_and_leave_nothing(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_store_is_not_overwritten(tmp_path):
+def test_a_store_that_is_not_whole_is_refused(tmp_path):
     write(tmp_path / "f")
     with pytest.raises(UserError, match="f: exists already"):
         FeatureWriter(tmp_path / "f", META)
-    (tmp_path / "f" / "meta.json").write_text("{")
+    (tmp_path / "f" / shard_name(0, 1)).rename(tmp_path / "away")
+    with pytest.raises(UserError, match=f"{shard_name(0, 1)} is missing"):
+        FeatureSource(tmp_path / "f")
+    (tmp_path / "f" / "index.json").write_text("{")
     with pytest.raises(UserError, match="f: not a feature store"):
         FeatureSource(tmp_path / "f")
+
+
+def test_bfloat16_is_stored_exactly():
+    """Every bfloat16 of a size that features have survives float16; see feature_shards."""
+    bits = np.arange(2**16, dtype=np.uint32) << 16
+    values = bits.view(np.float32)
+    fits = (np.abs(values) >= 2**-14) & (np.abs(values) < 65504)
+    assert fits.sum() > 7000
+    np.testing.assert_array_equal(values[fits].astype(np.float16).astype(np.float32), values[fits])

@@ -111,8 +111,8 @@ def _join(parts: Sequence[Path], path: Path, meta: FeatureMeta) -> None:
     with FeatureWriter(path, meta) as writer:
         for part in parts:
             source = FeatureSource(part)
-            for index in range(len(source)):
-                writer.add(*source.read(index))
+            for name in source.videos.frames:
+                writer.add(name, source.read(name))
     for part in parts:
         shutil.rmtree(part)
 

@@ -1,105 +1,40 @@
-"""Stored frame features: an ArrayRecord file with one record per video, and what made them.
-
-    DIR/meta.json              FeatureMeta and the number of videos
-    DIR/features.array_record  record i: id of video i, a zero byte, then (F, N, W) float16
+"""Stored frame features by the name of the video; `feature_shards` says what lies in the directory.
 
 Shape suffixes: F frames, N tokens per frame, W width of the features.
 """
 
-import dataclasses
+import contextlib
 import json
 import os
 import pathlib
-from dataclasses import dataclass
 
 import grain
 import numpy as np
-from array_record.python import array_record_module
 
 from videollm_mod_jax.data import files
+from videollm_mod_jax.data.annotations import Videos
+from videollm_mod_jax.data.feature_shards import (
+    INDEX,
+    META,
+    FeatureMeta,
+    ShardWriter,
+    join_shards,
+    shard_name,
+)
 from videollm_mod_jax.errors import UserError
-
-_META, _RECORDS = "meta.json", "features.array_record"
-
-
-@dataclass(frozen=True)
-class FeatureMeta:
-    """What every video of a feature store shares.
-
-    Attributes:
-      features_per_frame: vectors per frame, as the tower gives them: N, unless the model pools
-        them behind its connector.
-      width: W.
-      fps: frames per second.
-      resolution: side in pixels of the square that the tower saw.
-      tower: fingerprint of the vision tower's configuration and weights.
-    """
-
-    features_per_frame: int
-    width: int
-    fps: float
-    resolution: int
-    tower: str
-
-
-class FeatureWriter:
-    """Writes a feature store; use as a context manager.
-
-    The directory appears, complete, when the block ends; an error inside leaves nothing.
-
-        with FeatureWriter("features/train", meta) as writer:
-            writer.add("video-0", features_FNW)
-    """
-
-    def __init__(self, path: str | os.PathLike, meta: FeatureMeta):
-        """Args: path: the directory, which must not exist; meta: what the videos share."""
-        self._path, self._meta = pathlib.Path(path), meta
-        if self._path.exists():
-            raise UserError(f"{path}: exists already; remove it or write elsewhere")
-
-    def __enter__(self) -> "FeatureWriter":
-        self._aside = files.written_aside(self._path)
-        self._directory = self._aside.__enter__()
-        self._directory.mkdir()
-        self._records = array_record_module.ArrayRecordWriter(
-            str(self._directory / _RECORDS), "group_size:1"
-        )
-        self._count = 0
-        return self
-
-    def add(self, video_id: str, features_FNW: np.ndarray) -> None:
-        """Appends a video's features (F, N, W), stored as float16.
-
-        Raises:
-          UserError: another N or W than the store's, or values that float16 cannot hold.
-        """
-        expected = (self._meta.features_per_frame, self._meta.width)
-        if features_FNW.ndim != 3 or features_FNW.shape[1:] != expected:
-            raise UserError(
-                f"{self._path}: {video_id}: expected features (frames, {expected[0]}, "
-                f"{expected[1]}), found {features_FNW.shape}"
-            )
-        with np.errstate(over="ignore"):
-            half = np.asarray(features_FNW).astype(np.float16)
-        if not np.isfinite(half).all():
-            raise UserError(f"{self._path}: {video_id}: features are not finite in float16")
-        self._records.write(video_id.encode() + b"\0" + half.tobytes())
-        self._count += 1
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._records.close()
-        if kind is None:
-            meta = dataclasses.asdict(self._meta) | {"videos": self._count}
-            (self._directory / _META).write_text(json.dumps(meta, indent=2) + "\n")
-        self._aside.__exit__(kind, error, trace)
 
 
 class FeatureSource:
-    """Random access to a feature store: `source[i]` is (F, N, W) float16; picklable.
+    """Random access to the frames of a feature store; picklable.
+
+        source = FeatureSource("features", fps=2.0)
+        source.read("kitchen/0017", 20, 60)     # its frames 20 ... 59, (40, N, W) float16
 
     Attributes:
       path: its directory.
       meta: its FeatureMeta.
+      videos: frames per second, and the number of frames of every video by name.
+      bad: why a video could not be encoded, by name.
     """
 
     def __init__(self, path: str | os.PathLike, **expected: object):
@@ -114,32 +49,111 @@ class FeatureSource:
         """
         self.path = pathlib.Path(path)
         try:
-            meta = json.loads((self.path / _META).read_text())
-            self._count = meta.pop("videos")
-            self.meta = FeatureMeta(**meta)
+            self.meta = FeatureMeta(**json.loads((self.path / META).read_text()))
+            index = json.loads((self.path / INDEX).read_text())
+            self.bad: dict[str, str] = index["bad"]
+            self._frames_per_record: int = index["frames_per_record"]
+            shards, videos = dict(index["shards"]), dict(index["videos"])
+            self._first = dict(zip(videos["name"], videos["record"], strict=True))
+            frames = dict(zip(videos["name"], videos["frames"], strict=True))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path}: not a feature store (no valid {_META}); encode the videos first"
+                f"{path}: not a feature store (no valid {META} and {INDEX}); encode the videos "
+                "first"
             ) from error
         for field, value in expected.items():
             found = getattr(self.meta, field)
             if found != value:
                 raise UserError(
-                    f"{self.path / _META}: field '{field}': expected {value}, found {found}; "
+                    f"{self.path / META}: field '{field}': expected {value}, found {found}; "
                     "encode the videos again"
                 )
-        self._records = grain.sources.ArrayRecordDataSource(str(self.path / _RECORDS))
+        for shard in shards:
+            if not (self.path / shard).is_file():
+                raise UserError(f"{self.path / shard} is missing; encode the videos again")
+        self.videos = Videos(self.meta.fps, frames)
+        # With the number of records given, a shard is opened when it is first read.
+        paths = [f"{self.path / shard}[0:{records}]" for shard, records in shards.items()]
+        self._records = grain.sources.ArrayRecordDataSource(paths)
 
-    def __len__(self) -> int:
-        return self._count
+    def __contains__(self, name: object) -> bool:
+        return name in self._first
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.read(index)[1]
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, stride: int = 1
+    ) -> np.ndarray:
+        """Frames `range(start, stop, stride)` of a video; only their records are read.
 
-    def read(self, index: int) -> tuple[str, np.ndarray]:
-        """The id of video `index` and its features (F, N, W) float16."""
-        record = self._records[index]
-        end = record.index(b"\0")
-        features = np.frombuffer(record, np.float16, offset=end + 1)
+        Args:
+          name: of the video.
+          start: number of the first frame.
+          stop: number of the frame behind the last one; None for all to the end.
+          stride: takes every stride-th frame, 1 or more.
+
+        Returns:
+          (F, N, W) float16.
+
+        Raises:
+          UserError: the store does not hold the video or these frames of it.
+        """
+        if name not in self._first:
+            why = self.bad.get(name, "no such video was encoded")
+            raise UserError(f"{self.path}: {name}: {why}")
+        frames = self.videos.frames[name]
+        stop = frames if stop is None else stop
+        if not (0 <= start <= stop <= frames and stride >= 1):
+            raise UserError(
+                f"{self.path}: {name}: expected frames of 0 ... {frames}, found {start} ... {stop} "
+                f"by {stride}"
+            )
+        numbers_F = np.arange(start, stop, stride)
+        records_F, rows_F = np.divmod(numbers_F, self._frames_per_record)
         shape = (-1, self.meta.features_per_frame, self.meta.width)
-        return record[:end].decode(), features.reshape(shape)
+        features_FNW = np.empty((len(numbers_F), *shape[1:]), np.float16)
+        for record in np.unique(records_F):
+            stored = self._records[self._first[name] + record]
+            here_F = records_F == record
+            features_FNW[here_F] = np.frombuffer(stored, np.float16).reshape(shape)[rows_F[here_F]]
+        return features_FNW
+
+
+class FeatureWriter:
+    """Writes a store of one shard from features that are at hand; a context manager.
+
+    The directory appears, complete, when the block ends; an error inside leaves nothing.
+
+        with FeatureWriter("features/train", meta) as writer:
+            writer.add("video-0", features_FNW)
+    """
+
+    def __init__(self, path: str | os.PathLike, meta: FeatureMeta):
+        """Args: path: the directory, which must not exist; meta: what the videos share."""
+        self._path, self._meta = pathlib.Path(path), meta
+        if self._path.exists():
+            raise UserError(f"{path}: exists already; remove it or write elsewhere")
+
+    def __enter__(self) -> "FeatureWriter":
+        with contextlib.ExitStack() as stack:
+            self._directory = stack.enter_context(files.written_aside(self._path))
+            stack.push(self._join)
+            shard = ShardWriter(self._directory / shard_name(0, 1), self._meta)
+            self._shard = stack.enter_context(shard)
+            self._stack = stack.pop_all()
+        return self
+
+    def add(self, name: str, features_FNW: np.ndarray) -> None:
+        """Adds a video's features (F, N, W), stored as float16.
+
+        Raises:
+          UserError: another N or W than the store's, no frames, values that float16 cannot hold,
+            or a second video of one name.
+        """
+        self._shard.append(name, features_FNW)
+        self._shard.end(name)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def _join(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            join_shards(self._directory, self._meta, [shard_name(0, 1)])
