@@ -38,12 +38,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.param_dtype = "float32"
 
     config.data = {
-        "dataset": "digits_stream",
+        # Drawn here; other datasets name what `prepare` and `encode` wrote.
+        "sources": {"digits_stream": {"weight": 1.0, "records": "", "features": ""}},
         "seed": 0,
+        # Passes over the training streams; 0: training.steps counts.
+        "epochs": 0.0,
         # Streams drawn per split.
-        "train": 6000,
-        "validation": 64,
-        "test": 200,
+        "draw": {"train": 6000, "validation": 64, "test": 200},
         "frames": 16,
         "system": "Watch the digits and say what happens.",
         # A tokenizer.json to use; empty trains a byte-level BPE on the narrations.
@@ -87,5 +88,10 @@ def get_config() -> ml_collections.ConfigDict:
         },
     }
 
-    config.evaluation = {"split": "test", "batch_size": 20}
+    config.evaluation = {
+        "benchmarks": {"digits_stream": "test"},
+        "around_training": "digits_stream",
+        "batch_size": 20,
+        "answer_tokens": 32,
+    }
     return config

@@ -1,22 +1,22 @@
 """Narrate egocentric video as it streams: the setting of VideoLLM-MoD (arXiv 2408.16730).
 
-    python -m videollm_mod_jax.plan --config configs/ego4d_narration.py:v5p-8 --topology v5p:2x2x2
+    python -m videollm_mod_jax.plan --config configs/ego4d_narration.py:v5p-16 --topology v5p:2x2x2
 
 Llama-3-8B with SigLIP-L/16-384 (1 + 3 x 3 tokens per frame), every second layer computing a fifth
-of each frame's tokens, LoRA on all linears, 600 frames, batch 64. The argument is the hardware, in
-chips: v5e-16 (and v6e-16), v5p-8 or gpu-8; it decides how many examples a chip takes at once.
+of each frame's tokens, LoRA on all linears, 600 frames, batch 64. The argument is the hardware, as
+Cloud TPU names it (v5e-16 and v6e-16 have 16 chips, v5p-8 four, v5p-16 eight), or gpu-8; it decides
+how many examples a chip takes at once.
 
-Not trained: the dataset is not prepared here yet, and `train` says so. `plan` needs no data.
+Needs the prepared dataset and the features of its videos (docs/data.md); `plan` needs neither.
+Not run: the data need a licence, and nobody lent the hardware.
 """
 
 import ml_collections
 
 from videollm_mod_jax import experiment
 
-# Cloud TPU's names: a v5e or v6e counts its chips, a v5p two for each.
 MICROBATCHES = {"v5e-16": 4, "v6e-16": 2, "v5p-8": 2, "v5p-16": 1, "gpu-8": 2}
 BATCH_SIZE = 64
-EPOCHS = 2
 
 
 def get_config(hardware: str = "v5e-16") -> ml_collections.ConfigDict:
@@ -44,12 +44,16 @@ def get_config(hardware: str = "v5e-16") -> ml_collections.ConfigDict:
     config.model.param_dtype = "bfloat16"
 
     config.data = {
-        "dataset": "ego4d_narration",
+        "sources": {
+            "ego4d_narration": {
+                "weight": 1.0,
+                "records": "datasets/ego4d_narration",
+                "features": "features/ego4d",
+            }
+        },
+        "draw": None,
         "seed": 0,
-        # Examples per split; the prepared dataset decides.
-        "train": 100_000,
-        "validation": 1000,
-        "test": 1000,
+        "epochs": 2.0,
         "frames": 600,
         "system": "Narrate what the camera wearer does, as it happens.",
         # Empty: the model's own.
@@ -68,7 +72,8 @@ def get_config(hardware: str = "v5e-16") -> ml_collections.ConfigDict:
     config.tower = None
 
     config.training = {
-        "steps": EPOCHS * config.data.train // BATCH_SIZE,
+        # Decided by data.epochs.
+        "steps": 1,
         "seed": 0,
         "trainable": "lora",
         "stream_weight": 1.0,
@@ -91,5 +96,10 @@ def get_config(hardware: str = "v5e-16") -> ml_collections.ConfigDict:
         },
     }
 
-    config.evaluation = {"split": "validation", "batch_size": 16}
+    config.evaluation = {
+        "benchmarks": {"ego4d_narration": "validation"},
+        "around_training": "",
+        "batch_size": 16,
+        "answer_tokens": 64,
+    }
     return config

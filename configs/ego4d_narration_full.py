@@ -1,6 +1,6 @@
 """As `ego4d_narration.py`, with all weights trained but the vision tower's.
 
-    python -m videollm_mod_jax.plan --config configs/ego4d_narration_full.py:v5p-8 \
+    python -m videollm_mod_jax.plan --config configs/ego4d_narration_full.py:v5p-16 \
         --topology v5p:2x2x2
 
 The published model trains adapters; this is for those who want to know what training everything

@@ -29,11 +29,13 @@ def get_config(model: str) -> ml_collections.ConfigDict:
     }
 
     config.data = {
-        "dataset": "digits_stream",
+        # Drawn here; other datasets name what `prepare` and `encode` wrote.
+        "sources": {"digits_stream": {"weight": 1.0, "records": "", "features": ""}},
         "seed": 0,
-        "train": 2000,
-        "validation": 64,
-        "test": 100,
+        # Passes over the training streams; 0: training.steps counts.
+        "epochs": 0.0,
+        # Streams drawn per split.
+        "draw": {"train": 2000, "validation": 64, "test": 100},
         "frames": 16,
         "system": "Watch the digits and say what happens.",
         # Empty: the model's own.
@@ -75,5 +77,10 @@ def get_config(model: str) -> ml_collections.ConfigDict:
         },
     }
 
-    config.evaluation = {"split": "test", "batch_size": 4}
+    config.evaluation = {
+        "benchmarks": {"digits_stream": "test"},
+        "around_training": "digits_stream",
+        "batch_size": 4,
+        "answer_tokens": 32,
+    }
     return config

@@ -1,5 +1,6 @@
 """Digit streams: disjoint scans, narrations that tell the truth, determinism, the TFDS build."""
 
+import pickle
 import re
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 from sklearn import datasets
 
 from videollm_mod_jax.data import digits
+from videollm_mod_jax.data.annotations import Turn
 from videollm_mod_jax.data.builders import digits_stream
-from videollm_mod_jax.data.pipeline import turns_of_record
 from videollm_mod_jax.data.video import read_video
 from videollm_mod_jax.errors import UserError
 
@@ -181,35 +182,38 @@ def test_random_frames_are_labelled_and_look_like_streams(streams):
 
 
 @pytest.fixture(scope="module")
-def builder(tmp_path_factory):
+def drawn(tmp_path_factory):
     config = digits_stream.DigitsConfig(train=5, validation=2, test=3, frames=8, seed=1)
-    return digits_stream.prepare(tmp_path_factory.mktemp("tfds"), config)
+    return digits_stream.DigitsDataset(tmp_path_factory.mktemp("tfds"), config)
 
 
-def test_tfds_build_holds_the_streams_in_order(builder):
+def test_the_dataset_holds_the_streams_in_order(drawn):
+    assert set(drawn.splits) == set(digits.SPLITS)
     for split, count in (("train", 5), ("validation", 2), ("test", 3)):
-        source = builder.as_data_source(split)
-        assert len(source) == count
+        records, streams = drawn.records(split), drawn.streams(split)
+        assert len(records) == len(streams) == count
+        assert drawn.videos(split) == tuple(record.video for record in records)
         for i in range(count):
-            stream, record = digits.make_stream(split, i, 1, 8), source[i]
-            assert record["id"].decode() == stream["id"]
-            assert record["fps"] == stream["fps"]
-            np.testing.assert_array_equal(record["frames"], stream["frames"])
-            np.testing.assert_array_equal(record["places"], stream["places"])
-            turns = [
-                {"role": t["role"].decode(), "time": t["time"], "text": t["text"].decode()}
-                for t in turns_of_record(record)
-            ]
-            assert turns == stream["turns"]
+            stream, record = digits.make_stream(split, i, 1, 8), records[i]
+            assert (record.id, record.video) == (stream["id"], stream["id"])
+            assert (record.start, record.stop) == (0.0, 8 / stream["fps"])
+            assert record.turns == tuple(Turn(**turn) for turn in stream["turns"])
+            np.testing.assert_array_equal(streams[i]["frames"], stream["frames"])
+            np.testing.assert_array_equal(streams[i]["places"], stream["places"])
 
 
-def test_tfds_build_is_reused(builder, monkeypatch):
-    path = str(builder.data_dir)
-    root, name, config_name, version = path.rsplit("/", 3)
-    assert (name, config_name, version) == ("digits_stream", "5-2-3-f8-s1", "1.0.0")
+def test_records_can_be_read_by_other_processes(drawn):
+    records = drawn.records("train")
+    assert pickle.loads(pickle.dumps(records))[1] == records[1]
+
+
+def test_tfds_build_is_reused(tmp_path, monkeypatch):
+    config = digits_stream.DigitsConfig(train=1, validation=1, test=1, frames=4)
+    first = digits_stream.DigitsDataset(tmp_path, config)
+    assert (tmp_path / "digits_stream" / "1-1-1-f4-s0" / "1.0.0").is_dir()
     monkeypatch.setattr(digits, "make_stream", None)  # nothing is drawn a second time
-    config = digits_stream.DigitsConfig(train=5, validation=2, test=3, frames=8, seed=1)
-    assert str(digits_stream.prepare(root, config).data_dir) == path
+    again = digits_stream.DigitsDataset(tmp_path, config)
+    assert again.records("train")[0] == first.records("train")[0]
 
 
 def test_tfds_build_of_a_listed_configuration(tmp_path, monkeypatch):
@@ -217,7 +221,7 @@ def test_tfds_build_of_a_listed_configuration(tmp_path, monkeypatch):
     small = digits_stream.DigitsConfig(train=2, validation=1, test=1, frames=4)
     monkeypatch.setattr(digits_stream.DigitsStream, "BUILDER_CONFIGS", (small,))
     same = digits_stream.DigitsConfig(train=2, validation=1, test=1, frames=4)
-    assert len(digits_stream.prepare(tmp_path, same).as_data_source("train")) == 2
+    assert len(digits_stream.DigitsDataset(tmp_path, same).records("train")) == 2
 
 
 def test_an_interrupted_build_leaves_no_dataset(tmp_path, monkeypatch):
@@ -233,14 +237,14 @@ def test_an_interrupted_build_leaves_no_dataset(tmp_path, monkeypatch):
 
     monkeypatch.setattr(digits, "make_stream", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        digits_stream.prepare(tmp_path, config)
+        digits_stream.DigitsDataset(tmp_path, config)
     assert not list(tmp_path.glob("digits_stream/*/1.0.0"))
     monkeypatch.setattr(digits, "make_stream", make)
-    assert len(digits_stream.prepare(tmp_path, config).as_data_source("train")) == 3
+    assert len(digits_stream.DigitsDataset(tmp_path, config).records("train")) == 3
 
 
-def test_a_stream_becomes_a_video_and_comes_back(builder, tmp_path):
-    record = builder.as_data_source("test")[0]
+def test_a_stream_becomes_a_video_and_comes_back(drawn, tmp_path):
+    record = drawn.streams("test")[0]
     digits.stream_to_video(record, tmp_path / "a.mp4")
     frames = list(read_video(tmp_path / "a.mp4", digits.FPS, size=48))
     assert [f.time for f in frames] == [i / 2 for i in range(8)]

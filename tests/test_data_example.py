@@ -11,6 +11,7 @@ from videollm_mod_jax.data.example import (
     Budget,
     _overlapping,
     build_example,
+    fit,
     turns_of,
 )
 from videollm_mod_jax.data.tokenizer import BOS, EOS, train_bpe
@@ -212,3 +213,25 @@ def test_turns_do_not_take_a_bos_that_is_also_eos_for_an_answer():
     built = build_example(conversation, features_of(conversation, 2), tokenizer, 2, BUDGET)
     said = [tokenizer.decode(built["labels"][t.answer_slots]) for t in turns]
     assert said == ["\nAssistant: b", "\nAssistant: c"]
+
+
+def test_drawn_example_of_fit():
+    conversation = (
+        System("s"), Stream(9), User("u"), Assistant("a"), Stream(9), Assistant("b"), Stream(9),
+    )  # fmt: skip
+
+    def fitted(**limits):
+        budget = Budget(**({"frames": 27, "text_tokens": 500, "labels": 500} | limits))
+        return fit(conversation, TOKENIZER, 2, budget)
+
+    assert fitted(frames=20) == conversation[:-1]
+    assert fitted(frames=27) == conversation
+    assert fitted(frames=17) == conversation[:4]
+    # Not even the first answer fits: left whole, for `build_example` to refuse.
+    assert fitted(frames=8) == conversation
+    whole = build_example(
+        conversation[:-1], np.zeros((18, 2, 1)), TOKENIZER, 2, Budget(18, 500, 500)
+    )
+    labels = int((whole["label_kinds"] > 0).sum())
+    assert fitted(labels=labels) == conversation[:-1]
+    assert fitted(labels=labels - 1) == conversation[:4]

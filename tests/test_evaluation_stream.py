@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from tests import tiny, tiny_stream
+from videollm_mod_jax.data.annotations import Record
+from videollm_mod_jax.data.annotations import Turn as RecordTurn
 from videollm_mod_jax.data.example import Budget, Turn
 from videollm_mod_jax.data.features import FeatureMeta, FeatureSource, FeatureWriter
 from videollm_mod_jax.data.pipeline import Examples
@@ -19,7 +21,6 @@ from videollm_mod_jax.evaluation.stream import evaluate_stream, frames_to_wait
 from videollm_mod_jax.models import VideoLLM
 
 FPS = 2.0
-FIELDS = ("role", "time", "text")
 N, W = tiny.CONFIG.tokens_per_frame, tiny.VISION.width
 FRAMES, TEXT = 12, 72
 A, B, C, D = tiny_stream.ANSWERS
@@ -41,7 +42,13 @@ def examples(tmp_path_factory):
         for name in VIDEOS:
             writer.add(name, rng.normal(size=(FRAMES, N, W)))
     records = [
-        {"id": name, "fps": FPS, "turns": [dict(zip(FIELDS, turn, strict=True)) for turn in turns]}
+        Record(
+            id=name,
+            video=name,
+            start=0.0,
+            stop=FRAMES / FPS,
+            turns=tuple(RecordTurn(*turn) for turn in turns),
+        )
         for name, turns in VIDEOS.items()
     ]
     budget = Budget(frames=FRAMES + 1, text_tokens=TEXT, labels=48)

@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from videollm_mod_jax import evaluate
-from videollm_mod_jax.experiment import Dataset, Experiment, plain
+from videollm_mod_jax.data.sources import Sources
+from videollm_mod_jax.experiment import Experiment, plain
 from videollm_mod_jax.models import VideoLLM, init_variables
 from videollm_mod_jax.training.checkpoint import CONFIG_FILE, save_model, write_json
 
@@ -25,10 +26,10 @@ def run(tmp_path_factory):
     spec.loader.exec_module(module)
     config = module.get_config()
     config.model.decoder.update(hidden_size=16, mlp_size=16, num_layers=2, head_dim=8)
-    config.data.update(train=3, validation=3, test=3)
+    config.data.draw.update(train=3, validation=3, test=3)
     config.evaluation.batch_size = 2
     experiment = Experiment.from_table(plain(config))
-    tokenizer = Dataset(experiment.data, directory).make_tokenizer()
+    tokenizer = Sources(experiment.data, directory).make_tokenizer()
     config.model.decoder.vocab_size = tokenizer.vocab_size
     model = Experiment.from_table(plain(config)).model
     init = jax.jit(init_variables, static_argnums=0)

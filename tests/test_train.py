@@ -15,6 +15,7 @@ import pytest
 import videollm_mod_jax as vm
 from tests import tiny, tiny_stream
 from videollm_mod_jax import experiment
+from videollm_mod_jax.data.sources import Sources
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM, init_variables
@@ -52,7 +53,8 @@ def converted(tmp_path_factory):
 def small():
     """configs/digits.py with everything that takes time made small."""
     config = config_of(ROOT / "configs" / "digits.py")
-    config.data.update({"train": 8, "validation": 2, "test": 4, "batch_size": 4})
+    config.data.draw.update({"train": 8, "validation": 2, "test": 4})
+    config.data.batch_size = 4
     config.tower.update({"steps": 2, "batch_size": 4})
     config.training.update({"steps": 4, "checkpoint_every": 2, "log_every": 1})
     config.evaluation.batch_size = 4
@@ -122,7 +124,8 @@ def finetune(converted):
     """configs/finetune.py with everything that takes time made small."""
     config = config_of(ROOT / "configs" / "finetune.py", str(converted))
     config.model.lora.rank = 4
-    config.data.update({"train": 4, "validation": 2, "test": 2, "batch_size": 4, "frames": 4})
+    config.data.draw.update({"train": 4, "validation": 2, "test": 2})
+    config.data.update({"batch_size": 4, "frames": 4})
     config.training.update({"steps": 2, "checkpoint_every": 2, "log_every": 1})
     config.training.update({"sharding": "replicate", "mesh": (-1, 1, 1)})
     config.evaluation.batch_size = 2
@@ -197,7 +200,11 @@ def test_another_configuration_is_refused_by_key_and_writes_nothing(run):
         ("training.sharding", "zero", "replicate"),
         ("training.mesh", (3, 1, 1), "mesh"),
         ("model.vision.pool", (2, 2), r"model.vision.pool is \(2, 2\)"),
-        ("data.dataset", "ego5d", "known: digits_stream"),
+        ("data.sources.digits_stream.weight", 0.0, "nothing to learn from"),
+        ("data.sources.digits_stream.records", "datasets", "expected empty, as it is drawn"),
+        ("data.draw", None, "data.draw is None; expected the sizes"),
+        ("data.epochs", -1.0, "data.epochs is -1.0"),
+        ("evaluation.around_training", "coin_step", "expected one of evaluation.benchmarks"),
         ("training.steps", 0, "training.steps is 0"),
     ],
 )
@@ -255,10 +262,8 @@ def test_unknown_presets_are_refused_with_a_suggestion():
 def test_a_run_takes_a_tokenizer_by_path_and_refuses_one_without_eos(run, tmp_path):
     config = small()
     config.data.tokenizer = str(run[0] / "tokenizer.json")
-    dataset = experiment.Dataset(
-        experiment.Experiment.from_table(experiment.plain(config)).data, run[0]
-    )
-    assert dataset.make_tokenizer().vocab_size == vm.load(run[0]).tokenizer.vocab_size
+    data = experiment.Experiment.from_table(experiment.plain(config)).data
+    assert Sources(data, run[0]).make_tokenizer().vocab_size == vm.load(run[0]).tokenizer.vocab_size
     (tmp_path / "tokenizer.json").write_bytes((run[0] / "tokenizer.json").read_bytes())
     config.data.tokenizer = str(tmp_path)
     with pytest.raises(UserError, match="has no eos token"):

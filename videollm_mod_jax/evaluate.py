@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from videollm_mod_jax import cli
-from videollm_mod_jax.encode import encode_split
+from videollm_mod_jax.data.sources import Sources
+from videollm_mod_jax.encode import encode_split, fingerprint
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.evaluation.stream import StreamReport, evaluate_stream
-from videollm_mod_jax.experiment import Dataset, Experiment
+from videollm_mod_jax.experiment import Experiment, examples_for
 from videollm_mod_jax.streaming.triggers import check_threshold
 from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.checkpoint import CONFIG_FILE, load_model, read_json
@@ -50,17 +51,20 @@ def evaluate(
             "of a training run"
         )
     experiment = Experiment.from_table(read_json(directory / CONFIG_FILE))
-    split = experiment.evaluation.split if split is None else split
+    name = experiment.evaluation.around_training
+    split = experiment.evaluation.benchmarks[name] if split is None else split
     batch_size = experiment.evaluation.batch_size if batch_size is None else batch_size
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; expected at least 1")
     with distributed.lead_first("dataset"):
-        dataset = Dataset(experiment.data, directory)
-    records = dataset.records(split)
-    if not dataset.features_path(split).exists():
-        tower = model.variables["params"]["vision"]
-        encode_split(model.config, tower, records, dataset.features_path(split))
-    examples = dataset.examples(split, model.tokenizer, model.config)
+        sources = Sources(experiment.data, directory)
+    tower = model.variables["params"]["vision"]
+    streams = sources.unencoded(name, split)
+    if streams is not None:
+        encode_split(model.config, tower, streams, sources.features_path(name, split))
+    examples = examples_for(
+        model.config, fingerprint(model.config, tower), sources, name, split, model.tokenizer
+    )
     return evaluate_stream(
         model, examples, batch_size=batch_size, silence_threshold=silence_threshold
     )

@@ -7,19 +7,16 @@ is drawn, trained or written.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 
-from videollm_mod_jax.data import augment, dialogue
-from videollm_mod_jax.data.builders import digits_stream
-from videollm_mod_jax.data.example import Budget
-from videollm_mod_jax.data.features import FeatureSource
-from videollm_mod_jax.data.pipeline import Examples, training_batches, turns_of_record
-from videollm_mod_jax.data.tokenizer import Tokenizer, train_bpe
+from videollm_mod_jax.data.config import DataConfig
+from videollm_mod_jax.data.pipeline import Examples
+from videollm_mod_jax.data.sources import Sources
+from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.building import build
 from videollm_mod_jax.models.config import VideoLLMConfig
@@ -30,61 +27,23 @@ from videollm_mod_jax.training.run import TrainingConfig
 from videollm_mod_jax.training.sharding import make_layout
 from videollm_mod_jax.training.tower import TowerConfig, check_vision
 
-DATASETS = ("digits_stream", "ego4d_narration")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The dataset and how its dialogues become batches.
-
-    Attributes:
-      dataset: `digits_stream`, which is drawn; or `ego4d_narration`, which can be planned but not
-        yet trained on, because nothing here prepares it.
-      seed: of drawing, order and disturbance.
-      train, validation, test: streams drawn per split.
-      frames: per stream, at 2 FPS; also the frame budget of an example.
-      system: the instruction that opens every conversation.
-      tokenizer: path of a Hugging Face `tokenizer.json`, or of its directory; empty takes that of
-        the model in `init`, or else trains a byte-level BPE on the narrations.
-      vocab_size: largest vocabulary of that BPE.
-      text_tokens, labels: budget of an example; a longer conversation is an error that says so.
-      disturb_probability, disturb_window: see `augment.Disturbance`.
-      batch_size: examples per update, over all processes.
-      num_workers: processes that load ahead; 0 loads in threads.
-    """
-
-    dataset: str
-    seed: int
-    train: int
-    validation: int
-    test: int
-    frames: int
-    system: str
-    tokenizer: str
-    vocab_size: int
-    text_tokens: int
-    labels: int
-    disturb_probability: float
-    disturb_window: int
-    batch_size: int
-    num_workers: int
-
-    def __post_init__(self):
-        if self.dataset not in DATASETS:
-            raise UserError(f"data.dataset is {self.dataset!r}; known: {', '.join(DATASETS)}")
-
-    @property
-    def budget(self) -> Budget:
-        """The static sizes of an example."""
-        return Budget(frames=self.frames, text_tokens=self.text_tokens, labels=self.labels)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Which split is evaluated, and how many streams at a time."""
+    """How a run is judged.
 
-    split: str
+    Attributes:
+      benchmarks: split by name of the dataset, of those in `data.sources`.
+      around_training: the one among them whose streaming metrics `train` computes before and after
+        training; empty for none, when `evaluate` alone judges the run.
+      batch_size: conversations at a time, over all processes.
+      answer_tokens: longest answer that the model may generate.
+    """
+
+    benchmarks: Mapping[str, str]
+    around_training: str
     batch_size: int
+    answer_tokens: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,10 +70,17 @@ class Experiment:
     def __post_init__(self):
         # What only shows when the model is built should show before anything is written.
         config_plan(self.model)
-        if self.data.dataset != "digits_stream":
+        for name in self.evaluation.benchmarks:
+            if name not in self.data.sources:
+                raise UserError(
+                    f"evaluation.benchmarks.{name} is no dataset of data.sources, which has "
+                    f"{', '.join(self.data.sources)}; add it there (weight 0: not learnt from)"
+                )
+        around = self.evaluation.around_training
+        if around and around not in self.evaluation.benchmarks:
             raise UserError(
-                f"data.dataset is {self.data.dataset!r}, which nothing here prepares yet; choose "
-                "digits_stream, or plan this config without data: python -m videollm_mod_jax.plan"
+                f"evaluation.around_training is {around!r}; expected one of "
+                f"evaluation.benchmarks, {', '.join(self.evaluation.benchmarks)}, or nothing"
             )
         if bool(self.init) == (self.tower is not None):
             raise UserError(
@@ -183,96 +149,37 @@ def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-class Dataset:
-    """The records, tokenizer and features of an experiment, in its working directory.
+def examples_for(
+    model: VideoLLMConfig,
+    tower: str,
+    sources: Sources,
+    name: str,
+    split: str,
+    tokenizer: Tokenizer,
+    training: bool = False,
+) -> Examples:
+    """The examples of a split, whose features must be those that the model's tower gives.
 
-    ```
-    WORKDIR/data/               the TFDS dataset
-    WORKDIR/features/SPLIT/     the features of its frames
-    ```
+    Args:
+      model: that will read them.
+      tower: fingerprint of its vision tower (`encode.fingerprint`).
+      sources: of the run.
+      name: of the dataset.
+      split: of it.
+      tokenizer: of the model.
+      training: see `Examples`.
+
+    Raises:
+      UserError: an unknown dataset or split, no features, or features of another tower.
     """
-
-    def __init__(self, config: DataConfig, workdir: Path):
-        """Draws the dataset unless it is there."""
-        self.config, self.workdir = config, Path(workdir)
-        self._builder = digits_stream.prepare(
-            self.workdir / "data",
-            digits_stream.DigitsConfig(
-                train=config.train,
-                validation=config.validation,
-                test=config.test,
-                frames=config.frames,
-                seed=config.seed,
-            ),
-        )
-
-    def records(self, split: str) -> Sequence[Mapping[str, Any]]:
-        """The records of a split.
-
-        Raises:
-          UserError: an unknown split.
-        """
-        if split not in self._builder.info.splits:
-            known = ", ".join(self._builder.info.splits)
-            raise UserError(f"the split is {split!r}; {self.config.dataset} has {known}")
-        return self._builder.as_data_source(split)
-
-    def make_tokenizer(self) -> Tokenizer:
-        """The tokenizer that the config names, or one trained on the training narrations.
-
-        Raises:
-          UserError: no usable tokenizer at that path.
-        """
-        if self.config.tokenizer:
-            return Tokenizer.load(self.config.tokenizer)
-        texts = (turn["text"] for record in self.records("train") for turn in _turns(record))
-        frame = [dialogue.System(self.config.system), dialogue.Stream(2, True)]
-        template = dialogue.render(
-            (*frame, dialogue.User(""), dialogue.Assistant("", True)), 1, "", ""
-        )
-        return train_bpe([template.text, *texts], self.config.vocab_size)
-
-    def features_path(self, split: str) -> Path:
-        """Where the features of a split are stored."""
-        return self.workdir / "features" / split
-
-    def examples(self, split: str, tokenizer: Tokenizer, model: VideoLLMConfig) -> Examples:
-        """The examples of a split, whose features must have been encoded.
-
-        Raises:
-          UserError: no features, or features of another tower.
-        """
-        config = self.config
-        disturb = augment.Disturbance(config.disturb_probability, config.disturb_window)
-        return Examples(
-            records=self.records(split),
-            features=FeatureSource(
-                self.features_path(split),
-                features_per_frame=model.vision.features_per_frame,
-                width=model.vision.width,
-            ),
-            tokenizer=tokenizer,
-            tokens_per_frame=model.tokens_per_frame,
-            system=config.system,
-            budget=config.budget,
-            disturb=disturb if split == "train" else None,
-        )
-
-    def training_batches(self, examples: Examples, start: int) -> Iterator[dict[str, Any]]:
-        """This process's batches from the `start`-th on."""
-        return training_batches(
-            examples,
-            self.config.batch_size,
-            self.config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            start_batch=start,
-            num_workers=self.config.num_workers,
-        )
-
-
-def _turns(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [
-        turn | {"text": turn["text"].decode()} if isinstance(turn["text"], bytes) else turn
-        for turn in turns_of_record(record)
-    ]
+    return sources.examples(
+        name,
+        split,
+        tokenizer,
+        tokens_per_frame=model.tokens_per_frame,
+        training=training,
+        features_per_frame=model.vision.features_per_frame,
+        width=model.vision.width,
+        resolution=model.vision.image_size,
+        tower=tower,
+    )

@@ -1,6 +1,6 @@
 r"""Compiles a config's training step for hardware that need not be here, and says what it needs.
 
-    python -m videollm_mod_jax.plan --config configs/ego4d_narration.py:v5p-8 --topology v5p:2x2x2
+    python -m videollm_mod_jax.plan --config configs/ego4d_narration.py:v5p-16 --topology v5p:2x2x2
     python -m videollm_mod_jax.plan --config configs/digits.py --topology cpu:8 --memory 0.5
 
 The step is the very one that `train` runs. Memory and operations are read from the compiled
@@ -37,7 +37,7 @@ from videollm_mod_jax.planning import (
 from videollm_mod_jax.training import compiled
 from videollm_mod_jax.training.chips import GIB
 
-_HINT = "FILE is a config such as configs/ego4d_narration.py:v5p-8"
+_HINT = "FILE is a config such as configs/ego4d_narration.py:v5p-16"
 
 
 def _rows(plan: Plan) -> dict[str, str]:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from videollm_mod_jax.data.config import DataConfig
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.experiment import DataConfig
 from videollm_mod_jax.models import VideoLLM, VideoLLMConfig
 from videollm_mod_jax.models.flops import flops, kv_cache_bytes
 from videollm_mod_jax.streaming import engine

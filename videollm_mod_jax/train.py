@@ -34,11 +34,14 @@ from rich.table import Table
 
 from videollm_mod_jax import cli
 from videollm_mod_jax.data import digits
+from videollm_mod_jax.data.config import DRAWN
+from videollm_mod_jax.data.pipeline import Examples
+from videollm_mod_jax.data.sources import TRAIN, Sources, check_stored
 from videollm_mod_jax.data.tokenizer import Tokenizer
-from videollm_mod_jax.encode import encode_split
+from videollm_mod_jax.encode import encode_split, fingerprint
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.evaluation.stream import evaluate_stream
-from videollm_mod_jax.experiment import Dataset, Experiment, plain
+from videollm_mod_jax.evaluation.stream import StreamReport, evaluate_stream
+from videollm_mod_jax.experiment import Experiment, examples_for, plain
 from videollm_mod_jax.models import VideoLLM, VideoLLMConfig
 from videollm_mod_jax.training import checkpoint, distributed, loop
 from videollm_mod_jax.training.checkpoint import LoadedModel
@@ -53,6 +56,7 @@ from videollm_mod_jax.training.tower import TowerConfig, pretrain_tower
 TOWER = "tower"
 HELD_OUT = "held_out.mp4"
 EVALUATION = "evaluation.json"
+TRAINING_VIDEOS = "training_videos.json"
 SAMPLES = "samples.jsonl"
 
 Report = dict[str, dict[str, float]]
@@ -79,62 +83,78 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, profile_steps:
     # Refuse what cannot be used before anything is written.
     if experiment.data.tokenizer:
         Tokenizer.load(experiment.data.tokenizer)
+    check_stored(experiment.data)
     if experiment.init:
         check_start(Path(experiment.init), experiment.model)
     loop.claim_workdir(workdir, table)
 
     console.rule("Data")
     with distributed.lead_first("dataset"):
-        dataset = Dataset(experiment.data, workdir)
-    start = _Start.prepare(experiment, dataset, workdir, console)
+        sources = Sources(experiment.data, workdir)
+    start = _Start.prepare(experiment, sources, workdir, console)
     model, tokenizer, tower = start.model, start.tokenizer, start.tower
-    examples = {}
-    for split in dict.fromkeys(("train", experiment.evaluation.split)):
-        if not dataset.features_path(split).exists():
-            encode_split(model, tower, dataset.records(split), dataset.features_path(split))
-        examples[split] = dataset.examples(split, tokenizer, model)
-    if distributed.is_lead() and not (workdir / HELD_OUT).exists():
-        digits.stream_to_video(dataset.records("test")[0], workdir / HELD_OUT)
+    if distributed.is_lead():
+        checkpoint.write_json(workdir / TRAINING_VIDEOS, sources.training_videos())
+    tower_name = fingerprint(model, tower)
 
-    def evaluate(model: LoadedModel) -> Any:
-        split, batch_size = experiment.evaluation.split, experiment.evaluation.batch_size
-        return evaluate_stream(model, examples[split], batch_size=batch_size)
+    def examples(name: str, split: str, training: bool = False) -> Examples:
+        streams = sources.unencoded(name, split)
+        if streams is not None:
+            encode_split(model, tower, streams, sources.features_path(name, split))
+        return examples_for(model, tower_name, sources, name, split, tokenizer, training)
+
+    learnt = {name: examples(name, TRAIN, training=True) for name in sources.trained}
+    judged = experiment.evaluation.around_training
+    split = experiment.evaluation.benchmarks.get(judged)
+    held_out = examples(judged, split) if judged else None
+    if DRAWN in sources.names and distributed.is_lead() and not (workdir / HELD_OUT).exists():
+        digits.stream_to_video(sources.dataset(DRAWN).streams("test")[0], workdir / HELD_OUT)
+
+    def evaluate(model: LoadedModel) -> StreamReport:
+        return evaluate_stream(model, held_out, batch_size=experiment.evaluation.batch_size)
 
     report = _read_report(workdir)
-    if "before" not in report:
+    if judged and "before" not in report:
         console.rule("Evaluation before training")
-        training = experiment.training
-        variables = start.variables(distributed.own_layout(training.sharding, training.mesh))
+        layout = distributed.own_layout(experiment.training.sharding, experiment.training.mesh)
+        variables = start.variables(layout)
         untrained = LoadedModel(model, variables, tokenizer, experiment.data.system)
         report["before"] = dataclasses.asdict(evaluate(untrained).metrics)
         _write_report(workdir, report)
 
     console.rule("Training")
+    training = experiment.training
+    training = dataclasses.replace(training, steps=sources.updates(training.steps))
     trained = loop.train(
-        experiment.training,
+        training,
         workdir,
         run_config=table,
         model_config=model,
         initial_variables=start.variables,
         tokenizer=tokenizer,
         system=experiment.data.system,
-        batches_from=lambda start: dataset.training_batches(examples["train"], start),
+        batches_from=lambda start: sources.training_batches(
+            learnt, start, jax.process_index(), jax.process_count()
+        ),
         profile_steps=profile_steps,
     )
 
-    console.rule("Evaluation after training")
-    after = evaluate(trained)
-    report["after"] = dataclasses.asdict(after.metrics)
-    _write_report(workdir, report)
-    if distributed.is_lead():
-        after.write_samples(workdir / SAMPLES)
-    console.print(_table(report, f"{len(after.samples)} held-out streams"))
-    console.print(f"Model, logs and loss curve: {workdir}. Narrate a video nobody trained on:")
-    console.print(
-        f"  python -m videollm_mod_jax.stream --checkpoint {workdir} --video {workdir / HELD_OUT} "
-        f"--out {workdir / 'narrated.mp4'}",
-        soft_wrap=True,
-    )
+    if judged:
+        console.rule("Evaluation after training")
+        after = evaluate(trained)
+        report["after"] = dataclasses.asdict(after.metrics)
+        _write_report(workdir, report)
+        if distributed.is_lead():
+            after.write_samples(workdir / SAMPLES)
+        console.print(_table(report, f"{judged}: {len(after.samples)} held-out streams"))
+    console.print(f"Model, logs and loss curve: {workdir}.")
+    if (workdir / HELD_OUT).exists():
+        console.print("Narrate a video nobody trained on:")
+        console.print(
+            f"  python -m videollm_mod_jax.stream --checkpoint {workdir} "
+            f"--video {workdir / HELD_OUT} --out {workdir / 'narrated.mp4'}",
+            soft_wrap=True,
+        )
     return report
 
 
@@ -158,11 +178,11 @@ class _Start:
 
     @classmethod
     def prepare(
-        cls, experiment: Experiment, dataset: Dataset, workdir: Path, console: Console
+        cls, experiment: Experiment, sources: Sources, workdir: Path, console: Console
     ) -> "_Start":
         seed = experiment.training.seed
         if not experiment.init:
-            tokenizer = dataset.make_tokenizer()
+            tokenizer = sources.make_tokenizer()
             decoder = dataclasses.replace(experiment.model.decoder, vocab_size=tokenizer.vocab_size)
             model = dataclasses.replace(experiment.model, decoder=decoder)
             tower = _tower(model, experiment.tower, workdir / TOWER, console)

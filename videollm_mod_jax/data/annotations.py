@@ -46,6 +46,8 @@ class Record:
       video: name of the video (or image) in the feature store.
       start, stop: the stretch in seconds: frames i with start <= i / fps < stop.
       turns: in order of time.
+      stride: only every stride-th frame of the stretch belongs to the record, from its first on: how
+        a question about an hour of video fits into an example.
       target: what a benchmark compares the model's answer with, as json types; {} for none.
     """
 
@@ -54,7 +56,21 @@ class Record:
     start: float
     stop: float
     turns: tuple[Turn, ...]
+    stride: int = 1
     target: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def frame_range(record: Record, fps: float) -> range:
+    """The frames of a record's video that belong to it: start <= i / fps < stop, by its stride.
+
+    ```
+    2 fps, start 1.2, stop 3.0             ->   frames 3 4 5 (at 1.5, 2.0 and 2.5 s)
+    2 fps, start 1.2, stop 3.0, stride 2   ->   frames 3 5
+    ```
+    """
+    # Rounded, because 7 / 25 * 25 is more than 7.
+    first, end = (math.ceil(round(seconds * fps, 6)) for seconds in (record.start, record.stop))
+    return range(first, end, record.stride)
 
 
 @dataclasses.dataclass(frozen=True)

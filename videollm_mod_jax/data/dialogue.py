@@ -29,9 +29,10 @@ whole text.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from videollm_mod_jax.data.annotations import Record, Turn, frame_range
 from videollm_mod_jax.errors import UserError
 
 PLACEHOLDER = "<v>"
@@ -88,6 +89,11 @@ class Rendered:
 
     text: str
     learn_ranges: tuple[tuple[int, int], ...]
+
+
+def count_frames(conversation: Conversation) -> int:
+    """How many frames the streams of a conversation show."""
+    return sum(message.num_frames for message in conversation if isinstance(message, Stream))
 
 
 def opening(system: str, bos: str) -> str:
@@ -167,8 +173,30 @@ def render(conversation: Conversation, tokens_per_frame: int, bos: str, eos: str
     return Rendered(text, tuple((a, min(b, len(text))) for a, b in ranges))
 
 
+def conversation_of(record: Record, fps: float, system: str) -> Conversation:
+    """Lays a record along the frames of its stretch, `annotations.frame_range(record, fps)`.
+
+    At 2 fps, a narration at 11.5 s of a stretch that begins at 10 s comes after its fourth frame.
+
+    Args:
+      record: of a dataset.
+      fps: frames per second of the features.
+      system: the instruction that opens the conversation.
+
+    Raises:
+      UserError: as `conversation_from_turns`, with the name of the record.
+    """
+    frames = frame_range(record, fps)
+    # What was said before the first frame of the stretch, but inside it, comes with that frame.
+    turns = [
+        Turn(turn.role, max(0.0, turn.time - frames.start / fps), turn.text, turn.learn)
+        for turn in record.turns
+    ]
+    return conversation_from_turns(turns, len(frames), fps / frames.step, system, record.id)
+
+
 def conversation_from_turns(
-    turns: Sequence[Mapping[str, object]],
+    turns: Sequence[Turn],
     num_frames: int,
     fps: float,
     system: str,
@@ -187,23 +215,22 @@ def conversation_from_turns(
                 Stream(2, learn=2) N, Stream(1, learn=0) Q A, Stream(2, learn=1)
 
     Args:
-      turns: in order of time, each with `role` ("user" or "assistant"), `time` (seconds), `text`.
+      turns: in order of time, from the first frame on.
       num_frames: frames of the video at `fps`.
       fps: frames per second.
       system: the instruction that opens the conversation.
       record: what error messages call this video.
 
     Raises:
-      UserError: a missing field, an unknown role, an empty text, a time that is not a number of
-        seconds, is out of order or lies after the end of the video, or a narration whose frame was
-        already narrated.
+      UserError: an unknown role, an empty text, a time that is not a number of seconds, is out of
+        order or lies after the end of the video, or a narration whose frame was already narrated.
     """
     if num_frames < 1:
         raise UserError(f"{record}: expected 1 frame or more, found {num_frames}")
     messages: list[Message] = [System(system)]
     shown, asked_at, previous = 0, None, 0.0
     for i, turn in enumerate(turns):
-        role, time, text = _turn_fields(turn, f"{record}: turn {i}")
+        text, time = _checked(turn, f"{record}: turn {i}")
         if time < previous:
             raise UserError(
                 f"{record}: turn {i}: field 'time': expected at least {previous:g} s, the time of "
@@ -212,7 +239,7 @@ def conversation_from_turns(
         previous = time
         # Rounded, because 7 / 25 * 25 is more than 7, and 0.1 in float32 more than 0.1.
         frame = math.ceil(round(time * fps, 6))
-        asked = role == "user"
+        asked = turn.role == "user"
         answers = not asked and time == asked_at
         if frame >= num_frames + asked and not answers:
             raise UserError(
@@ -231,32 +258,24 @@ def conversation_from_turns(
             new = until - shown
             messages.append(Stream(new, learn=new - 1 if asked else new))
             shown = until
-        messages.append(User(text) if asked else Assistant(text))
+        messages.append(User(text) if asked else Assistant(text, turn.learn))
         asked_at = time if asked else None
     if shown < num_frames:
         messages.append(Stream(num_frames - shown, learn=num_frames - shown - 1))
     return tuple(messages)
 
 
-def _turn_fields(turn: Mapping[str, object], where: str) -> tuple[str, float, str]:
-    for field in ("role", "time", "text"):
-        if field not in turn:
-            raise UserError(f"{where}: field '{field}' is missing; expected role, time and text")
-    role, text = (
-        value.decode() if isinstance(value, bytes) else value
-        for value in (turn["role"], turn["text"])
-    )
-    if role not in ("user", "assistant"):
-        raise UserError(f"{where}: field 'role': expected 'user' or 'assistant', found {role!r}")
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: field 'text': expected an annotation, found {text!r}")
-    try:
-        time = float(turn["time"])
-    except (TypeError, ValueError):
-        time = math.nan
-    if not (math.isfinite(time) and time >= 0):
-        raise UserError(f"{where}: field 'time': expected seconds >= 0, found {turn['time']!r}")
-    return role, time, text.strip()
+def _checked(turn: Turn, where: str) -> tuple[str, float]:
+    """The text, stripped, and the time of a turn whose every field is right."""
+    if turn.role not in ("user", "assistant"):
+        raise UserError(
+            f"{where}: field 'role': expected 'user' or 'assistant', found {turn.role!r}"
+        )
+    if not turn.text.strip():
+        raise UserError(f"{where}: field 'text': expected an annotation, found {turn.text!r}")
+    if not (math.isfinite(turn.time) and turn.time >= 0):
+        raise UserError(f"{where}: field 'time': expected seconds >= 0, found {turn.time!r}")
+    return turn.text.strip(), turn.time
 
 
 def _refuse_reserved(text: str, reserved: Sequence[str], where: str) -> None:

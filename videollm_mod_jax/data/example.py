@@ -12,6 +12,8 @@ Shape suffixes: S tokens of the flat sequence, F frames, N tokens per frame, W w
 features, J labelled positions, T text tokens.
 """
 
+import bisect
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,11 +109,8 @@ def build_example(
             f"{record}: features: expected the {num_frames} frames of the conversation, found "
             f"{features_FNW.shape[0]}; encode the videos again"
         )
-    for field, found, limit in (
-        ("frames", num_frames, budget.frames),
-        ("text_tokens", num_tokens - num_frames * tokens_per_frame, budget.text_tokens),
-        ("labels", len(layout.label_positions), budget.labels),
-    ):
+    for field, found in dataclasses.asdict(_needed(layout, tokens_per_frame)).items():
+        limit = getattr(budget, field)
         if found > limit:
             raise UserError(
                 f"{record}: {field}: expected at most {limit}, found {found}; raise the budget's "
@@ -132,6 +131,41 @@ def build_example(
         "labels": np.pad(layout.ids[layout.label_positions + 1], pad),
         "label_kinds": np.pad(layout.label_kinds, pad),
     }
+
+
+def fit(
+    conversation: dialogue.Conversation,
+    tokenizer: Tokenizer,
+    tokens_per_frame: int,
+    budget: Budget,
+) -> dialogue.Conversation:
+    """The longest beginning of a conversation that fits a budget and ends with an answer.
+
+    ```
+    System Stream(9) User Assistant Stream(9) Assistant Stream(9)       frames 20
+    System Stream(9) User Assistant Stream(9) Assistant
+    ```
+
+    A conversation that fits, or of which not even the first answer does, comes back unchanged.
+
+    Args:
+      conversation: the messages.
+      tokenizer: encodes the text.
+      tokens_per_frame: N.
+      budget: what it must fit.
+    """
+
+    def fits(messages: dialogue.Conversation) -> bool:
+        needed = _needed(_lay_out(messages, tokenizer, tokens_per_frame), tokens_per_frame)
+        sizes = zip(dataclasses.astuple(needed), dataclasses.astuple(budget), strict=True)
+        return all(size <= limit for size, limit in sizes)
+
+    if fits(conversation):
+        return conversation
+    ends = [i + 1 for i, said in enumerate(conversation) if isinstance(said, dialogue.Assistant)]
+    # A longer beginning needs more of everything.
+    fitting = bisect.bisect_left(ends, True, key=lambda end: not fits(conversation[:end]))
+    return conversation[: ends[fitting - 1]] if fitting else conversation
 
 
 def turns_of(
@@ -187,6 +221,13 @@ def _lay_out(
     positions = np.flatnonzero(learnt[1:]).astype(np.int32)
     kinds = np.where(ends_frame[positions], STREAM, LANGUAGE).astype(np.int8)
     return _Layout(ids, is_vision, vision[::tokens_per_frame], positions, kinds)
+
+
+def _needed(layout: _Layout, tokens_per_frame: int) -> Budget:
+    """The least budget that a conversation fits."""
+    num_frames = len(layout.frame_starts)
+    text_tokens = len(layout.ids) - num_frames * tokens_per_frame
+    return Budget(num_frames, text_tokens, len(layout.label_positions))
 
 
 def _overlapping(offsets: np.ndarray, ranges: tuple[tuple[int, int], ...]) -> np.ndarray:

@@ -6,13 +6,14 @@ the next batch.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 from absl import flags
 
 from videollm_mod_jax.data import augment, dialogue, example
+from videollm_mod_jax.data.annotations import Record, frame_range
 from videollm_mod_jax.data.features import FeatureSource
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
@@ -26,76 +27,88 @@ class Examples:
     """A dataset as a sequence of examples; picklable, so that workers can load it.
 
     Attributes:
-      records: record i has `id`, `fps` and `turns` (a list of dicts role, time, text, or, as TFDS
-        reads it, a dict of lists), such as `builder.as_data_source(split)`.
-      features: the features of the same videos in the same order.
+      records: of the dataset.
+      features: of their videos.
       tokenizer: encodes the dialogue.
       tokens_per_frame: N of the model, how many positions of the sequence a frame takes.
       system: the instruction that opens every conversation.
       budget: the sizes of an example.
-      disturb: how to disturb the answers of a training example, None for never.
+      training: whether the conversations are to learn from: one that exceeds the budget then ends
+        early, and answers are disturbed. Otherwise it is an error.
+      disturb: how to disturb the answers when training, None for never.
     """
 
-    records: Sequence[Mapping[str, object]]
+    records: Sequence[Record]
     features: FeatureSource
     tokenizer: Tokenizer
     tokens_per_frame: int
     system: str
     budget: example.Budget
+    training: bool = False
     disturb: augment.Disturbance | None = None
-
-    def __post_init__(self):
-        if len(self.records) != len(self.features):
-            raise UserError(
-                f"{self.features.path}: expected features of {len(self.records)} videos, found "
-                f"{len(self.features)}; encode the videos again"
-            )
 
     def __len__(self) -> int:
         return len(self.records)
 
     def conversation(self, index: int) -> dialogue.Conversation:
-        """The undisturbed conversation of record `index`."""
-        return self._read(index)[0]
+        """The whole, undisturbed conversation of record `index`."""
+        return dialogue.conversation_of(self.records[index], self.features.meta.fps, self.system)
 
     def turns(self, index: int) -> tuple[example.Turn, ...]:
         """The turns of record `index`, whose slots point into the example of `load(index)`."""
         return example.turns_of(self.conversation(index), self.tokenizer, self.tokens_per_frame)
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
-        """The arrays of record `index` (see `build_example`), disturbed when `rng` is given."""
-        conversation, features_FNW, name = self._read(index)
+        """The arrays of record `index` (see `build_example`), disturbed when `rng` is given.
+
+        Raises:
+          UserError: a video without features, or a conversation that does not fit.
+        """
+        record, conversation = self.records[index], self.conversation(index)
+        if self.training:
+            conversation = example.fit(
+                conversation, self.tokenizer, self.tokens_per_frame, self.budget
+            )
         if rng is not None and self.disturb is not None:
             conversation = augment.disturb(conversation, self.disturb, rng)
         return example.build_example(
-            conversation, features_FNW, self.tokenizer, self.tokens_per_frame, self.budget, name
+            conversation,
+            self.frames(record)[: dialogue.count_frames(conversation)],
+            self.tokenizer,
+            self.tokens_per_frame,
+            self.budget,
+            record.id,
         )
 
-    def _read(self, index: int) -> tuple[dialogue.Conversation, np.ndarray, str]:
-        record = self.records[index]
-        video_id, features_FNW = self.features.read(index)
-        name = record["id"].decode() if isinstance(record["id"], bytes) else record["id"]
-        if video_id != name:
+    def frames(self, record: Record) -> np.ndarray:
+        """The features of the frames of a record: [F, N, W].
+
+        Raises:
+          UserError: they are not all there.
+        """
+        frames = frame_range(record, self.features.meta.fps)
+        if record.video not in self.features:
             raise UserError(
-                f"{self.features.path}: record {index}: expected features of {name!r}, found "
-                f"{video_id!r}; encode the videos again"
+                f"{self.features.path}: {record.id}: expected features of the video "
+                f"{record.video!r}, found none; encode it, or prepare the dataset again for the "
+                "features that there are"
             )
-        conversation = dialogue.conversation_from_turns(
-            turns_of_record(record), len(features_FNW), float(record["fps"]), self.system, name
-        )
-        return conversation, features_FNW, name
+        features_FNW = self.features.read(record.video, frames.start, frames.stop, frames.step)
+        if len(features_FNW) != len(frames):
+            raise UserError(
+                f"{self.features.path}: {record.id}: expected the frames {frames.start} to "
+                f"{frames.stop - 1} of {record.video!r}, found {len(features_FNW)} of them; "
+                "prepare the dataset again for the features that there are"
+            )
+        return features_FNW
 
 
-def turns_of_record(record: Mapping[str, object]) -> list[dict[str, object]]:
-    """The turns of a record as a list of dicts, also when TFDS gives them as a dict of lists."""
-    turns = record["turns"]
-    if not isinstance(turns, Mapping):
-        return list(turns)
-    return [dict(zip(turns, row, strict=True)) for row in zip(*turns.values(), strict=True)]
+Mixture = Sequence[tuple[Examples, float]]
+"""Datasets and the shares of the examples that come from each; shares need not sum to 1."""
 
 
 def training_batches(
-    examples: Examples,
+    mixture: Mixture,
     batch_size: int,
     seed: int,
     process_index: int = 0,
@@ -105,11 +118,16 @@ def training_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Shuffled batches without end; every epoch has another order, a batch may span two epochs.
 
-    Global batch b holds the elements b * B .. (b + 1) * B of the shuffled repetition of the
-    dataset; process p of P takes rows p * B/P .. (p + 1) * B/P of it.
+    Every dataset of a mixture is shuffled and repeated by itself; they then take turns, as evenly
+    as their shares allow. Global batch b holds the elements b * B .. (b + 1) * B of that; process
+    p of P takes rows p * B/P .. (p + 1) * B/P of it.
+
+    ```
+    shares 2 and 1      a3 a0 b1 a2 a4 b0 a1 a3' b2 ...      a1 ends an epoch of a, a3' begins one
+    ```
 
     Args:
-      examples: what to load.
+      mixture: what to load.
       batch_size: B, over all processes.
       seed: of the order and of the disturbance.
       process_index: p.
@@ -122,20 +140,19 @@ def training_batches(
       A generator of batches, `build_example` with a leading axis B/P; close it to stop workers.
 
     Raises:
-      UserError: B does not divide, or the dataset is empty.
+      UserError: B does not divide, a share is not positive, or a dataset is empty.
     """
     rows = _rows(batch_size, process_index, process_count)
-    if not len(examples):
-        raise UserError("the training split: expected 1 record or more, found none")
+    datasets = [examples for examples, _ in mixture]
 
-    def load(batch: int, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def load(batch: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
         rngs = (np.random.default_rng((seed, batch, row)) for row in range(batch_size)[rows])
-        return _stack([examples.load(int(i), r) for i, r in zip(indices[rows], rngs, strict=True)])
+        found = (_locate(datasets, int(number)) for number in numbers[rows])
+        return _stack([one.load(index, rng) for (one, index), rng in zip(found, rngs, strict=True)])
 
-    dataset = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat(None)
-    # Batches of indices first, and whole batches as elements, so that neither the split over
+    # Batches of numbers first, and whole batches as elements, so that neither the split over
     # processes nor the one over workers moves an example to another batch.
-    dataset = dataset.batch(batch_size, drop_remainder=True)
+    dataset = _numbers(mixture, seed).batch(batch_size, drop_remainder=True)
     dataset = dataset.map_with_index(load)[start_batch:]
     dataset = dataset.to_iter_dataset(_READ)
     if num_workers:
@@ -143,6 +160,32 @@ def training_batches(
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers, 2))
     return _copies(iter(dataset))
+
+
+def _numbers(mixture: Mixture, seed: int) -> grain.MapDataset:
+    """The examples of a mixture in the order of training, numbered through its datasets."""
+    parts, first = [], 0
+    for examples, share in mixture:
+        if not len(examples):
+            raise UserError(
+                f"{examples.features.path}: expected a training split of 1 record or more, found "
+                "none"
+            )
+        if share <= 0:
+            raise UserError(f"the share of a dataset is {share}; expected more than 0")
+        numbers = grain.MapDataset.range(first, first + len(examples))
+        parts.append(numbers.seed(seed).shuffle().repeat(None))
+        first += len(examples)
+    return grain.MapDataset.mix(parts, [share for _, share in mixture])
+
+
+def _locate(datasets: Sequence[Examples], number: int) -> tuple[Examples, int]:
+    """The dataset of an example that is numbered through all of them, and its index there."""
+    for examples in datasets:
+        if number < len(examples):
+            return examples, number
+        number -= len(examples)
+    raise IndexError(number)
 
 
 def evaluation_batches(

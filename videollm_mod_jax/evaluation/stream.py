@@ -252,8 +252,7 @@ def evaluate_stream(
         turns = [examples.turns(int(i)) for i in indices]
         predictions = _predict(video_llm, model.variables, batch, turns, rule)
         for i, predicted in zip(indices, predictions, strict=True):
-            name = examples.records[int(i)]["id"]
-            name = name.decode() if isinstance(name, bytes) else name
+            name = examples.records[int(i)].id
             metrics = mean_metrics(turn_metrics(turn, fps) for turn in predicted)
             judged[int(i)] = (name, len(predicted), dataclasses.asdict(metrics))
     everyone = itertools.chain.from_iterable(part.items() for part in distributed.gather(judged))

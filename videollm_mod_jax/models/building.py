@@ -54,6 +54,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     require(_fits(hint, value), f"{where} is {value!r}; expected {_spell(hint)}")
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)
+    if origin is Mapping:
+        return {key: _convert(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
     if origin is tuple:
         if Ellipsis in arguments:
             return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
@@ -69,6 +71,8 @@ def _fits(hint: Any, value: Any) -> bool:
     if hint is types.NoneType:
         return value is None
     if dataclasses.is_dataclass(hint):
+        return isinstance(value, Mapping)
+    if typing.get_origin(hint) is Mapping:
         return isinstance(value, Mapping)
     if typing.get_origin(hint) is tuple:
         return isinstance(value, (tuple, list))

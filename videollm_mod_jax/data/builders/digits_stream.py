@@ -2,13 +2,15 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from rich import progress
 
 from videollm_mod_jax.data import digits
+from videollm_mod_jax.data.annotations import Record, Turn
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -82,16 +84,66 @@ class DigitsStream(tfds.core.GeneratorBasedBuilder):
             yield index, digits.make_stream(split, index, config.seed, config.frames)
 
 
-def prepare(data_dir: str | os.PathLike, config: DigitsConfig) -> tfds.core.DatasetBuilder:
-    """Draws the dataset below `data_dir` unless it is there; read it by `.as_data_source(split)`.
+class DigitsDataset:
+    """The streams as other datasets offer theirs (`builders/stored.py`), and their frames.
 
-    An interrupted run leaves no dataset directory, and the next run starts again.
+    Attributes:
+      benchmark: how it is evaluated.
+      labels: none; its answers are open.
     """
-    # TFDS wants its own object for a configuration that the class lists.
-    config = DigitsStream.builder_configs.get(config.name, config)
-    builder = DigitsStream(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
-    tfds.disable_progress_bar()  # ours is the one of `_generate_examples`
-    builder.download_and_prepare()
-    # Reopened, because sources of a builder with a configuration of its own do not unpickle in
-    # the workers of a pipeline.
-    return tfds.builder_from_directory(builder.data_dir)
+
+    benchmark = "stream"
+    labels = ()
+
+    def __init__(self, data_dir: str | os.PathLike, config: DigitsConfig):
+        """Draws the streams below `data_dir` unless they are there.
+
+        An interrupted run leaves no dataset directory, and the next run starts again.
+        """
+        # TFDS wants its own object for a configuration that the class lists.
+        config = DigitsStream.builder_configs.get(config.name, config)
+        builder = DigitsStream(
+            data_dir=os.fspath(data_dir), config=config, file_format="array_record"
+        )
+        tfds.disable_progress_bar()  # ours is the one of `_generate_examples`
+        builder.download_and_prepare()
+        # Reopened, because sources of a builder with a configuration of its own do not unpickle in
+        # the workers of a pipeline.
+        self._builder = tfds.builder_from_directory(builder.data_dir)
+        self.splits = tuple(self._builder.info.splits)
+
+    def streams(self, split: str) -> Sequence[Mapping[str, Any]]:
+        """The streams of a split as TFDS reads them: `make_stream`, texts in bytes."""
+        return self._builder.as_data_source(split)
+
+    def records(self, split: str) -> Sequence[Record]:
+        """The streams of a split without their frames."""
+        return DigitsRecords(self.streams(split))
+
+    def videos(self, split: str) -> tuple[str, ...]:
+        """The names of the streams of a split."""
+        return tuple(record.video for record in self.records(split))
+
+
+@dataclasses.dataclass(frozen=True)
+class DigitsRecords(Sequence[Record]):
+    """Records of streams as TFDS reads them."""
+
+    streams: Sequence[Mapping[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.streams)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"stream {index} of {len(self)}")
+        stream = self.streams[index]
+        name, turns = stream["id"].decode(), stream["turns"]
+        rows = zip(turns["role"], turns["time"], turns["text"], strict=True)
+        return Record(
+            id=name,
+            video=name,
+            start=0.0,
+            stop=len(stream["frames"]) / float(stream["fps"]),
+            turns=tuple(Turn(role.decode(), float(t), text.decode()) for role, t, text in rows),
+        )

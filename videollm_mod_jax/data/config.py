@@ -1,0 +1,100 @@
+"""What a run learns from, as its config file says it."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from videollm_mod_jax.data.example import Budget
+from videollm_mod_jax.errors import UserError
+
+DRAWN = "digits_stream"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """A dataset of a run.
+
+    Attributes:
+      weight: its share of the training examples, beside those of the others; 0 for a dataset that
+        is only evaluated.
+      records: the directory that `prepare` wrote; empty for `digits_stream`, which is drawn in the
+        working directory.
+      features: the feature store that `encode` wrote; empty for `digits_stream`.
+    """
+
+    weight: float
+    records: str
+    features: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawConfig:
+    """How many streams of `digits_stream` are drawn per split."""
+
+    train: int
+    validation: int
+    test: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The datasets and how their dialogues become batches.
+
+    Attributes:
+      sources: by name of the dataset.
+      draw: of `digits_stream`; None without it.
+      seed: of drawing, order and disturbance.
+      epochs: passes over the training records, which decide the number of updates; 0 leaves it to
+        `training.steps`.
+      frames: most frames of an example; a drawn stream has as many, at 2 FPS.
+      system: the instruction that opens every conversation.
+      tokenizer: path of a Hugging Face `tokenizer.json`, or of its directory; empty takes that of
+        the model in `init`, or else trains a byte-level BPE on what the drawn streams say.
+      vocab_size: largest vocabulary of that BPE.
+      text_tokens, labels: the other limits of an example. A training conversation that exceeds one
+        ends at the last answer within it; where nothing is left, and in evaluation, it is an error
+        that says so.
+      disturb_probability, disturb_window: see `augment.Disturbance`.
+      batch_size: examples per update, over all processes.
+      num_workers: processes that load ahead; 0 loads in threads.
+    """
+
+    sources: Mapping[str, SourceConfig]
+    draw: DrawConfig | None
+    seed: int
+    epochs: float
+    frames: int
+    system: str
+    tokenizer: str
+    vocab_size: int
+    text_tokens: int
+    labels: int
+    disturb_probability: float
+    disturb_window: int
+    batch_size: int
+    num_workers: int
+
+    def __post_init__(self):
+        for name, source in self.sources.items():
+            where = f"data.sources.{name}"
+            if source.weight < 0:
+                raise UserError(f"{where}.weight is {source.weight}; expected 0 or more")
+            for field in ("records", "features"):
+                if bool(getattr(source, field)) == (name == DRAWN):
+                    expected = "empty, as it is drawn" if name == DRAWN else "a directory"
+                    raise UserError(
+                        f"{where}.{field} is {getattr(source, field)!r}; expected {expected}"
+                    )
+        if self.epochs < 0:
+            raise UserError(f"data.epochs is {self.epochs}; expected 0 or more")
+        if not any(source.weight for source in self.sources.values()):
+            raise UserError("data.sources: no dataset has a weight above 0; nothing to learn from")
+        if (DRAWN in self.sources) != (self.draw is not None):
+            raise UserError(
+                f"data.draw is {self.draw}; expected the sizes of the splits of {DRAWN}, or None "
+                "without it"
+            )
+
+    @property
+    def budget(self) -> Budget:
+        """The static sizes of an example."""
+        return Budget(frames=self.frames, text_tokens=self.text_tokens, labels=self.labels)
