@@ -1,0 +1,170 @@
+"""Answers depend on the record and the seed, not on what else is in the batch."""
+
+import numpy as np
+import pytest
+
+from tests import tiny_benchmarks, tiny_stream
+from tests.tiny_benchmarks import FPS, N, asked
+from videollm_mod_jax.data.annotations import Record, Turn
+from videollm_mod_jax.data.dialogue import Assistant, Stream, System, User
+from videollm_mod_jax.data.video import Frame
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.evaluation import answers
+from videollm_mod_jax.evaluation.answers import Decoding
+from videollm_mod_jax.models import VideoLLM
+from videollm_mod_jax.streaming import engine
+from videollm_mod_jax.streaming.session import StreamingSession, letterbox
+
+T = 8
+GREEDY = Decoding(max_new_tokens=T, temperature=0.0, samples=1, seed=0)
+SAMPLED = Decoding(max_new_tokens=T, temperature=1.0, samples=3, seed=5)
+FRAMES = {"a": 3, "b": 3, "c": 3, "d": 2, "e": 2, "f": 3, "g": 2}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_benchmarks.loaded_model()
+
+
+@pytest.fixture(scope="module")
+def examples():
+    words = ("How many?", "What happens now?", "And?")
+    records = [asked(v, f, words[i % 3]) for i, (v, f) in enumerate(FRAMES.items())]
+    return tiny_benchmarks.examples(records, tiny_benchmarks.drawn(FRAMES))
+
+
+def said(model, examples, decoding, batch_size, indices=None):
+    indices = range(len(examples)) if indices is None else indices
+    answered = answers.answer_records(model, examples, indices, decoding, batch_size=batch_size)
+    return {index: texts for index, _, texts in answered}
+
+
+def test_a_prompt_is_everything_before_the_last_answer():
+    words = tiny_stream.tokenizer()
+    conversation = (
+        System("Watch."),
+        Stream(1),
+        Assistant("A cat sits."),
+        Stream(2),
+        User("How many?"),
+        Assistant("Two."),
+        Stream(3),
+    )
+    before, reference = answers.split_reference(conversation, "x")
+    assert (before, reference) == (conversation[:5], "Two.")
+    prompt = answers.make_prompt(before, words, N)
+    text = (
+        "<|begin_of_text|>Watch.\n\n[{}]\nAssistant: A cat sits.<|eot_id|>\n[{}]"
+        "\nUser: How many?\nAssistant:"
+    )
+    assert prompt.text == text.format("1 frame", "2 frames")
+    ids = words.encode(text.format("<v>" * N, "<v>" * N + "," + "<v>" * N)).ids
+    is_vision = ids == words.placeholder_id
+    np.testing.assert_array_equal(prompt.tokens[~is_vision], ids[~is_vision])
+    assert not prompt.tokens[is_vision].any()
+    np.testing.assert_array_equal(prompt.frame_starts, np.flatnonzero(is_vision)[::N])
+
+
+def test_prompts_are_padded_as_drawn():
+    def padded(frames):
+        starts = np.zeros(frames, np.int32)
+        return answers.padded_shape(answers.Prompt("", np.zeros(frames * N + 20), starts), N)
+
+    assert [padded(f)[0] for f in range(11)] == [1, 1, 2, 3, 4, 5, 6, 7, 8, 10, 10]
+    assert [padded(f)[0] for f in (11, 12, 13, 16, 17, 20, 21)] == [12, 12, 14, 16, 20, 20, 24]
+    assert padded(7) == (7, 32)
+    assert max(padded(f)[0] / f for f in range(1, 3000)) < 1.25
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED])
+def test_answers_do_not_depend_on_the_batch(model, examples, decoding):
+    alone = {}
+    for index in range(len(examples)):
+        alone |= said(model, examples, decoding, 1, [index])
+    assert said(model, examples, decoding, 3) == alone
+    # As of a run that continues, or of one of several processes.
+    assert said(model, examples, decoding, 3, [6, 4, 1]) == {i: alone[i] for i in (1, 4, 6)}
+    lengths = {len(text) for texts in alone.values() for text in texts}
+    assert len(lengths) >= 3
+
+
+def test_samples_differ_and_follow_from_the_seed(model, examples):
+    drawn = said(model, examples, SAMPLED, 3)
+    assert all(len(texts) == 3 for texts in drawn.values())
+    assert sum(len(set(texts)) == 3 for texts in drawn.values()) > 3
+    other = Decoding(max_new_tokens=T, temperature=1.0, samples=3, seed=6)
+    assert said(model, examples, other, 3) != drawn
+    # The first of one sample is the first of three: what is drawn later does not reach back.
+    one = Decoding(max_new_tokens=T, temperature=1.0, samples=1, seed=5)
+    assert said(model, examples, one, 3) == {i: texts[:1] for i, texts in drawn.items()}
+
+
+def test_greedy_answers_equal_those_of_a_live_session():
+    # So silent that the session says nothing unasked.
+    model = tiny_benchmarks.loaded_model(silence=5.0)
+    video_llm, size = VideoLLM(model.config), model.config.vision.image_size
+    rng = np.random.default_rng(0)
+    videos, records, live = {}, [], []
+    for name, frames, question in (("x", 3, "How many?"), ("y", 3, "And?"), ("z", 3, "Where?")):
+        images = rng.integers(0, 256, (frames, size, size, 3), dtype=np.uint8)
+        session = StreamingSession(
+            model, max_frames=8, max_text_tokens=256, max_new_tokens=T, silence_threshold=None
+        )
+        encoded = []
+        for i, image in enumerate(images):
+            assert session.see(Frame(i / FPS, image)) is None
+            square = letterbox(image, size)[None]
+            encoded.append(np.asarray(engine.encode(video_llm, model.variables, square))[0])
+        live.append((session.ask(question).text,))
+        videos[name] = np.stack(encoded)
+        records.append(asked(name, frames, question))
+    examples = tiny_benchmarks.examples(records, tiny_benchmarks.Features(videos))
+    assert said(model, examples, GREEDY, 3) == dict(enumerate(live))
+    assert len({text for (text,) in live}) > 1
+
+
+def test_rows_that_do_not_answer_are_left_as_they_were(model, examples):
+    video_llm = VideoLLM(model.config)
+    group = [(i, prompt) for i, prompt in answers._prompts(examples, (0, 1, 2))]
+    batch = answers._stack(examples, group, (3, 64), N, 3)
+    before = answers.prefill(video_llm, model.variables, batch, max_new_tokens=T)
+    position, filled = np.asarray(before.position_B), np.asarray(before.entries_LB)
+    logits = np.asarray(before.logits_BV)
+    settings = {"eos_id": model.tokenizer.eos_id, "max_new_tokens": T, "temperature": 0.0}
+    mask = np.array([True, False, True])
+    keys = answers._key_data(0, 0, np.arange(3))
+    after, tokens = answers.decode(video_llm, model.variables, before, mask, keys, **settings)
+    assert (np.asarray(tokens)[1] == model.tokenizer.eos_id).all()
+    np.testing.assert_array_equal(np.asarray(after.position_B)[1], position[1])
+    np.testing.assert_array_equal(np.asarray(after.entries_LB)[:, 1], filled[:, 1])
+    np.testing.assert_array_equal(np.asarray(after.logits_BV)[1], logits[1])
+    # The others hold their answers and one eos.
+    said = [int(np.argmax(row == model.tokenizer.eos_id)) + 1 for row in np.asarray(tokens)]
+    grown = np.asarray(after.position_B) - position
+    assert grown.tolist() == [said[0], 0, said[2]]
+
+
+def test_a_record_that_nobody_answers_is_refused():
+    turns = (Turn("user", 1.0, "How many?"),)
+    record = Record(id="silent", video="a", start=0.0, stop=1.5, turns=turns)
+    examples = tiny_benchmarks.examples([record], tiny_benchmarks.drawn({"a": 3}))
+    with pytest.raises(UserError, match=r"silent: turns: expected an answer"):
+        list(
+            answers.answer_records(
+                tiny_benchmarks.loaded_model(), examples, [0], GREEDY, batch_size=1
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 1}, "max_new_tokens is 1"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"samples": 5}, "all would be the same"),
+    ],
+)
+def test_settings_that_answer_nothing_new_are_refused(changes, message):
+    settings = {"max_new_tokens": 8, "temperature": 0.0, "samples": 1, "seed": 0}
+    with pytest.raises(UserError, match=message):
+        Decoding(**(settings | changes))

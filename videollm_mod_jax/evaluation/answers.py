@@ -1,0 +1,372 @@
+"""Answers to many prompts: one forward over a batch of prompts, then one loop over new tokens.
+
+A prompt is a conversation up to the last answer, which is the reference. Prompts of one shape are
+answered together, in rows that know nothing of each other, and what is drawn at random depends on
+the seed and the record alone; so neither the batch nor the number of processes changes an answer.
+
+Shape suffixes: B rows, S tokens of a padded prompt, F frames, N tokens per frame, W vision feature
+width, V vocabulary, T new tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from videollm_mod_jax.data import dialogue
+from videollm_mod_jax.data.pipeline import Examples
+from videollm_mod_jax.data.tokenizer import Tokenizer
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models import VideoLLM, trim_caches
+from videollm_mod_jax.streaming import engine
+from videollm_mod_jax.training.checkpoint import LoadedModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How answers are found.
+
+    Attributes:
+      max_new_tokens: longest answer with its eos; a longer one is cut.
+      temperature: 0 takes the most likely token; otherwise logits are divided by it.
+      samples: answers per prompt.
+      seed: of sampling.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    samples: int
+    seed: int
+
+    def __post_init__(self):
+        for name, least in (("max_new_tokens", 2), ("temperature", 0), ("samples", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        if self.samples > 1 and not self.temperature:
+            raise UserError(
+                f"samples is {self.samples} and temperature is 0, so all would be the same; give a "
+                "temperature above 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What the model sees before it answers.
+
+    Attributes:
+      text: of the prompt, without frames: each stream is shown as its number of frames.
+      tokens: int32 (length,), 0 at vision positions.
+      frame_starts: int32 (frames,), index of the first token of every frame.
+    """
+
+    text: str
+    tokens: np.ndarray
+    frame_starts: np.ndarray
+
+
+def split_reference(
+    conversation: dialogue.Conversation, record: str
+) -> tuple[dialogue.Conversation, str]:
+    """The messages before the last answer, and its text.
+
+    ```
+    System User Stream Assistant Stream     ->     System User Stream, the answer's text
+    ```
+
+    Raises:
+      UserError: nothing is answered.
+    """
+    for index in range(len(conversation) - 1, -1, -1):
+        if isinstance(conversation[index], dialogue.Assistant):
+            return conversation[:index], conversation[index].text
+    raise UserError(f"{record}: turns: expected an answer of the assistant, found none")
+
+
+def make_prompt(
+    conversation: dialogue.Conversation, tokenizer: Tokenizer, tokens_per_frame: int
+) -> Prompt:
+    """Renders messages as a prompt that asks for an answer.
+
+    With N = 2 and one token per character (/ is a line end, v a vision position):
+
+    ```
+    System("Hi"), Stream(2), User("How?")
+    b Hi//[vv,vv]/User: How?/Assistant:        tokens
+          ^  ^                                 frame_starts
+    b Hi//[2 frames]/User: How?/Assistant:     text
+    ```
+
+    Args:
+      conversation: the messages, none of which is the answer.
+      tokenizer: encodes the text.
+      tokens_per_frame: N.
+    """
+    rendered = dialogue.render(conversation, tokens_per_frame, tokenizer.bos, tokenizer.eos)
+    ids = tokenizer.encode(rendered.text + dialogue.ASSISTANT).ids
+    is_vision = ids == tokenizer.placeholder_id
+    starts = np.flatnonzero(is_vision)[::tokens_per_frame].astype(np.int32)
+    return Prompt(
+        _shown(conversation, tokenizer), np.where(is_vision, 0, ids).astype(np.int32), starts
+    )
+
+
+def _shown(conversation: dialogue.Conversation, tokenizer: Tokenizer) -> str:
+    pieces = []
+    for message in conversation:
+        if isinstance(message, dialogue.Stream):
+            frames = f"{message.num_frames} frame{'s' if message.num_frames > 1 else ''}"
+            pieces.append(dialogue.STREAM_OPEN + frames + dialogue.STREAM_CLOSE)
+        else:
+            bos = "" if pieces else tokenizer.bos
+            pieces.append(dialogue.render((message,), 1, bos, tokenizer.eos).text)
+    return "".join(pieces) + dialogue.ASSISTANT
+
+
+def padded_shape(prompt: Prompt, tokens_per_frame: int) -> tuple[int, int]:
+    """The frames and text tokens that a prompt is padded to; it depends on the prompt alone.
+
+    Text is padded as `engine.bucket` says, and frames to one of four steps per power of two, so
+    that few shapes are compiled and at most a fifth of the frames are padding:
+
+    ```
+    frames  0 1 2 3 4 5 6 7 8 9 10 11 12 13 .. 16 17 .. 20
+    padded  1 1 2 3 4 5 6 7 8 10   12    14    16       20
+    ```
+    """
+    frames = len(prompt.frame_starts)
+    step = max(1, 1 << max(0, (frames - 1).bit_length() - 3))
+    text = len(prompt.tokens) - frames * tokens_per_frame
+    return max(1, -(-frames // step) * step), engine.bucket(text)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
+def prefill(
+    model: VideoLLM, variables: dict, batch: dict[str, jax.Array], *, max_new_tokens: int
+) -> engine.StreamState:
+    """The state behind a batch of prompts, with room for an answer.
+
+    Args:
+      model: per-layer model (`scan=False`).
+      variables: its variables.
+      batch: tokens_BS int32, features [B, F, N, W], frame_starts_BF int32 and length_B int32: each
+        row's prompt, behind it the frames and the text slots that it does not use.
+      max_new_tokens: T, longest answer with its eos.
+    """
+    B, F = batch["frame_starts"].shape
+    text = batch["tokens"].shape[1] - F * model.config.tokens_per_frame
+    return engine.append(
+        model,
+        variables,
+        engine.start(model, B, text + max_new_tokens, F, seed=0),
+        batch["tokens"],
+        batch["length"],
+        batch["features"],
+        batch["frame_starts"],
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "eos_id", "max_new_tokens", "temperature"),
+    donate_argnames="state",
+)
+def decode(
+    model: VideoLLM,
+    variables: dict,
+    state: engine.StreamState,
+    answers_B: jax.Array,
+    key_data_BK: jax.Array,
+    *,
+    eos_id: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> tuple[engine.StreamState, jax.Array]:
+    """Answers in some rows, as `engine.generate` does in all, each with random numbers of its own.
+
+    ```
+    answers_B   True    A x y e e e        e: eos, also where nothing was said
+                False   e e e e e e        the row's state is left as it was
+                True    B e e e e e
+    ```
+
+    Args:
+      model: per-layer model (`scan=False`).
+      variables: its variables.
+      state: donated; the rows that answer have seen their prompts up to "Assistant:".
+      answers_B: bool, which rows answer.
+      key_data_BK: uint32, data of a random key per row; only read when sampling.
+      eos_id: id of the token that ends an answer.
+      max_new_tokens: T, longest answer with its eos.
+      temperature: 0 takes the most likely token; otherwise logits are divided by it.
+
+    Returns:
+      The new state, answers and their eos in its caches; tokens_BT int32.
+    """
+
+    def choose(logits_BV, index):
+        if temperature == 0:
+            return jnp.argmax(logits_BV, axis=-1)
+        keys_B = jax.vmap(jax.random.fold_in, (0, None))(
+            jax.random.wrap_key_data(key_data_BK), index
+        )
+        return jax.vmap(jax.random.categorical)(keys_B, logits_BV / temperature)
+
+    def unfinished(carry):
+        _, _, index, answers_B = carry
+        return (index < max_new_tokens) & jnp.any(answers_B)
+
+    def step(carry):
+        state, tokens_BT, index, answers_B = carry
+        token_B = choose(state.logits_BV, index)
+        token_B = jnp.where(answers_B & (index < max_new_tokens - 1), token_B, eos_id)
+        token_B = token_B.astype(jnp.int32)
+        length_B = answers_B.astype(jnp.int32)
+        state = engine.append(
+            model, variables, state, token_B[:, None], length_B, None, no_frames_B0
+        )
+        tokens_BT = tokens_BT.at[:, index].set(token_B)
+        return state, tokens_BT, index + 1, answers_B & (token_B != eos_id)
+
+    B = state.position_B.shape[0]
+    no_frames_B0 = jnp.zeros((B, 0), jnp.int32)
+    tokens_BT = jnp.full((B, max_new_tokens), eos_id, jnp.int32)
+    state, tokens_BT, _, _ = jax.lax.while_loop(
+        unfinished, step, (state, tokens_BT, jnp.int32(0), answers_B)
+    )
+    return state, tokens_BT
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def rewind(
+    state: engine.StreamState, position_B: jax.Array, logits_BV: jax.Array
+) -> engine.StreamState:
+    """The state as it was at an earlier position, whose logits were these."""
+    caches = trim_caches(state.caches, position_B)
+    return state.replace(caches=caches, position_B=position_B, logits_BV=logits_BV)
+
+
+def read_answer(tokens_T: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The text of one row of `decode`."""
+    length = int(np.argmax(tokens_T == tokenizer.eos_id))
+    return tokenizer.decode(tokens_T[:length]).strip()
+
+
+def answer_records(
+    model: LoadedModel,
+    examples: Examples,
+    indices: Iterable[int],
+    decoding: Decoding,
+    *,
+    batch_size: int,
+) -> Iterator[tuple[int, Prompt, tuple[str, ...]]]:
+    """Answers the last question of records.
+
+    Args:
+      model: weights, config and tokenizer.
+      examples: of a split, undisturbed.
+      indices: of records in it, in any order.
+      decoding: how.
+      batch_size: B, prompts per forward.
+
+    Yields:
+      Index, prompt and `decoding.samples` answers of every record, in the order in which batches
+      of prompts of one shape become full.
+
+    Raises:
+      UserError: a record without an answer, or without features.
+    """
+    video_llm, N = VideoLLM(model.config), model.config.tokens_per_frame
+    for shape, group in _grouped(_prompts(examples, indices), N, batch_size):
+        batch = _stack(examples, group, shape, N, batch_size)
+        texts = _answer(video_llm, model, batch, [index for index, _ in group], decoding)
+        for (index, prompt), said in zip(group, texts, strict=True):
+            yield index, prompt, said
+
+
+def _prompts(examples: Examples, indices: Iterable[int]) -> Iterator[tuple[int, Prompt]]:
+    for index in indices:
+        name = examples.records[index].id
+        before, _ = split_reference(examples.conversation(index), name)
+        yield index, make_prompt(before, examples.tokenizer, examples.tokens_per_frame)
+
+
+def _grouped(
+    prompts: Iterable[tuple[int, Prompt]], tokens_per_frame: int, batch_size: int
+) -> Iterator[tuple[tuple[int, int], list[tuple[int, Prompt]]]]:
+    """Prompts of one padded shape, `batch_size` at a time, and at the end those left over."""
+    waiting: dict[tuple[int, int], list[tuple[int, Prompt]]] = {}
+    for index, prompt in prompts:
+        shape = padded_shape(prompt, tokens_per_frame)
+        group = waiting.setdefault(shape, [])
+        group.append((index, prompt))
+        if len(group) == batch_size:
+            yield shape, waiting.pop(shape)
+    yield from waiting.items()
+
+
+def _stack(
+    examples: Examples,
+    group: Sequence[tuple[int, Prompt]],
+    shape: tuple[int, int],
+    tokens_per_frame: int,
+    batch_size: int,
+) -> dict[str, np.ndarray]:
+    """The batch of `prefill`; rows beyond the group repeat its first one."""
+    F, S = shape[0], shape[1] + shape[0] * tokens_per_frame
+    rows = []
+    for index, prompt in group:
+        shown, length = len(prompt.frame_starts), len(prompt.tokens)
+        features_FNW = examples.frames(examples.records[index])[:shown]
+        padding = [(0, F - shown), (0, 0), (0, 0)]
+        unused = length + tokens_per_frame * np.arange(F - shown, dtype=np.int32)
+        rows.append(
+            {
+                "tokens": np.pad(prompt.tokens, (0, S - length)),
+                "features": np.pad(features_FNW.astype(np.float32), padding),
+                "frame_starts": np.append(prompt.frame_starts, unused),
+                "length": np.int32(length),
+            }
+        )
+    rows += rows[:1] * (batch_size - len(rows))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _answer(
+    video_llm: VideoLLM,
+    model: LoadedModel,
+    batch: dict[str, np.ndarray],
+    indices: Sequence[int],
+    decoding: Decoding,
+) -> list[tuple[str, ...]]:
+    """The answers of each record of a batch; rows beyond `indices` are filling."""
+    B = len(batch["length"])
+    names_B = np.array([*indices, *[0] * (B - len(indices))])
+    answers_B = np.arange(B) < len(indices)
+    state = prefill(video_llm, model.variables, batch, max_new_tokens=decoding.max_new_tokens)
+    # Copied, because the state is donated.
+    logits_BV = jnp.copy(state.logits_BV)
+    samples = []
+    for sample in range(decoding.samples):
+        state, tokens_BT = decode(
+            video_llm,
+            model.variables,
+            state,
+            answers_B,
+            _key_data(decoding.seed, sample, names_B),
+            eos_id=model.tokenizer.eos_id,
+            max_new_tokens=decoding.max_new_tokens,
+            temperature=decoding.temperature,
+        )
+        tokens_BT = np.asarray(tokens_BT)[: len(indices)]
+        samples.append([read_answer(tokens_T, model.tokenizer) for tokens_T in tokens_BT])
+        if sample < decoding.samples - 1:
+            state = rewind(state, batch["length"], logits_BV)
+    return list(zip(*samples, strict=True))
+
+
+def _key_data(seed: int, sample: int, names_B: np.ndarray) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed), sample)
+    return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, names_B))
