@@ -159,8 +159,8 @@ def test_batched_evaluation_equals_forwards_made_by_hand(examples, threshold):
         loaded = tiny_stream.loaded_model(silence, seed)
         report = evaluate_stream(loaded, examples, batch_size=2, silence_threshold=threshold)
         assert [sample.id for sample in report.samples] == list(VIDEOS)
-        for i, (sample, turns) in enumerate(zip(report.samples, TURNS.values(), strict=True)):
-            features = examples.features[i].astype(np.float32)
+        for sample, turns in zip(report.samples, TURNS.values(), strict=True):
+            features = examples.features.read(sample.id).astype(np.float32)
             predictions = predict_by_hand(loaded, turns, features, threshold)
             expected = stream_metrics.mean_metrics(
                 stream_metrics.turn_metrics(turn, FPS) for turn in predictions

@@ -14,6 +14,9 @@ from ml_collections import config_flags
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.training import distributed
 
+_MISTAKES = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, UserError)
+"""Everything that reading a config file and its overrides raises for a user's mistake."""
+
 _PROCESSES = {
     "coordinator": (str, "host:port of process 0, for several processes that JAX cannot find"),
     "num-processes": (int, "how many processes there are"),
@@ -109,8 +112,7 @@ def run_with_config(run: Callable[[ml_collections.ConfigDict, str, int], None]) 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
             rest = flags.FLAGS(list(argv))
-        # Everything that reading a config file and its overrides raises for a user's mistake.
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        except _MISTAKES as error:
             refuse(_one_line(error))
         if len(rest) > 1:
             refuse(f"unexpected argument {rest[1]!r}")
@@ -131,6 +133,34 @@ def run_with_config(run: Callable[[ml_collections.ConfigDict, str, int], None]) 
         sys.exit(report_user_errors(joined_run, resumable))
 
     app.run(main, flags_parser=parse)
+
+
+def read_config(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    """The table of a config file with `--config.key=value` applied, outside `run_with_config`.
+
+    Args:
+      file: `configs/NAME.py`, or `configs/NAME.py:ARGUMENT`.
+      overrides: flags of the command line that are not its own.
+
+    Raises:
+      UserError: no such file, an unknown key, a value of a wrong type, or another flag.
+    """
+    if not Path(file.partition(":")[0]).is_file():
+        raise UserError(
+            f"--config: there is no file {file}; expected one such as configs/digits.py"
+        )
+    values = flags.FlagValues()
+    argv = ["", f"--config={file}", *overrides]
+    config = config_flags.DEFINE_config_file(
+        "config", lock_config=True, flag_values=values, sys_argv=argv
+    )
+    try:
+        rest = values(argv)
+    except _MISTAKES as error:
+        raise UserError(_one_line(error)) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; see --help")
+    return config.value
 
 
 def _one_line(error: BaseException) -> str:

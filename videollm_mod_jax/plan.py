@@ -16,14 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import ml_collections
-from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
 from videollm_mod_jax import cli
-from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.experiment import plain, read_training
 from videollm_mod_jax.models import VideoLLMConfig
 from videollm_mod_jax.models.config import full_computation
@@ -36,8 +32,6 @@ from videollm_mod_jax.planning import (
 )
 from videollm_mod_jax.training import compiled
 from videollm_mod_jax.training.chips import GIB
-
-_HINT = "FILE is a config such as configs/ego4d_narration.py:v5p-16"
 
 
 def _rows(plan: Plan) -> dict[str, str]:
@@ -113,7 +107,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu" and count.isdigit():
         jax.config.update("jax_num_cpu_devices", int(count))
-    model, data, training = read_training(plain(_read_config(arguments.config, overrides)))
+    model, data, training = read_training(plain(cli.read_config(arguments.config, overrides)))
     target = compiled.find_target(arguments.topology)
     limit = None if arguments.memory is None else int(arguments.memory * GIB)
     models = [model]
@@ -146,29 +140,6 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
         out |= {"topology": arguments.topology, "devices": len(target.devices)}
         out |= {"versions": versions, "plans": [dataclasses.asdict(plan) for plan in plans]}
         Path(arguments.json).write_text(json.dumps(out, indent=2) + "\n")
-
-
-def _read_config(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
-    """The table of a config file with `--config.key=value` applied.
-
-    Raises:
-      UserError: no such file, an unknown key or a value of a wrong type.
-    """
-    if not Path(file.partition(":")[0]).is_file():
-        raise UserError(f"--config: there is no file {file}; {_HINT}")
-    values = flags.FlagValues()
-    argv = ["plan", f"--config={file}", *overrides]
-    config = config_flags.DEFINE_config_file(
-        "config", lock_config=True, flag_values=values, sys_argv=argv
-    )
-    try:
-        rest = values(argv)
-    # Everything that reading a config file and its overrides raises for a user's mistake.
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(str(error).strip().splitlines()[-1]) from error
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; see --help")
-    return config.value
 
 
 def _parser() -> argparse.ArgumentParser:
