@@ -26,7 +26,7 @@ from rich import progress
 from rich.console import Console
 
 from videollm_mod_jax.data import files
-from videollm_mod_jax.data.annotations import Dataset, Record, Report, Source, Turn, frame_range
+from videollm_mod_jax.data.annotations import Dataset, Record, Source, Turn, frame_range
 from videollm_mod_jax.errors import UserError
 
 VERSION = tfds.core.Version("1.0.0")
@@ -39,6 +39,7 @@ _FEATURES = {
     "video": tfds.features.Text(),
     "start": tfds.features.Tensor(shape=(), **_SECONDS),
     "stop": tfds.features.Tensor(shape=(), **_SECONDS),
+    "stride": np.int32,
     # Arrays side by side are written fourteen times as fast as a Sequence of dicts.
     "turns": {
         "role": tfds.features.Tensor(shape=(None,), dtype=np.object_),
@@ -155,14 +156,7 @@ def write_dataset(dataset: Dataset, source: Source, out: Path) -> Path:
     target = Path(out) / dataset.name
     if target.exists():
         raise UserError(f"{target}: exists already; remove it or write elsewhere")
-    parsed = dataset.read(source)
-    splits = {name: _Counted(records, source.videos.fps) for name, records in parsed.splits.items()}
-    splits = {name: split for name, split in splits.items() if not split.empty}
-    if not splits:
-        raise UserError(
-            f"{source.directory}: no annotation of {dataset.name} can be used; "
-            + (_reasons(source.report) or "there is none")
-        )
+    labels, splits = _read(dataset, source)
     tfds.disable_progress_bar()  # ours is that of `_Builder`
     with files.written_aside(target) as aside:
         tree = aside / "tfds"  # TFDS leaves more than the dataset in it
@@ -175,7 +169,7 @@ def write_dataset(dataset: Dataset, source: Source, out: Path) -> Path:
         shared = {
             "name": dataset.name,
             "benchmark": dataset.benchmark,
-            "labels": parsed.labels,
+            "labels": labels,
             "fps": source.videos.fps,
             "max_frames": source.max_frames,
             "splits": {name: dataclasses.asdict(count) for name, count in counts.items()},
@@ -186,6 +180,22 @@ def write_dataset(dataset: Dataset, source: Source, out: Path) -> Path:
         written.rename(aside / str(VERSION))
         shutil.rmtree(tree)
     return target
+
+
+def check_dataset(dataset: Dataset, source: Source) -> dict[str, Split]:
+    """Reads a dataset as `write_dataset` does, and writes nothing.
+
+    Returns:
+      What its splits would amount to.
+
+    Raises:
+      UserError: as `write_dataset`.
+    """
+    _, splits = _read(dataset, source)
+    for name, split in splits.items():
+        for _ in _tracked(split, f"Checking {name}"):
+            pass
+    return {name: split.counts for name, split in splits.items()}
 
 
 def open_dataset(directory: str | os.PathLike) -> StoredDataset:
@@ -233,16 +243,36 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {name: self._generate_examples(name) for name in self._splits}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, object]]]:
-        bar = progress.Progress(
-            progress.SpinnerColumn(),
-            progress.TextColumn("Preparing {task.description}"),
-            progress.TextColumn("{task.completed:,.0f} records"),
-            progress.TimeElapsedColumn(),
-            console=Console(stderr=True),
-        )
-        with bar:
-            for index, record in enumerate(bar.track(self._splits[split], description=split)):
-                yield index, _example(record)
+        records = _tracked(self._splits[split], f"Preparing {split}")
+        return ((index, _example(record)) for index, record in enumerate(records))
+
+
+def _read(dataset: Dataset, source: Source) -> tuple[tuple[str, ...], dict[str, "_Counted"]]:
+    """Its labels, and the splits that have records."""
+    parsed, fps = dataset.read(source), source.videos.fps
+    splits = {name: _Counted(records, fps) for name, records in parsed.splits.items()}
+    splits = {name: split for name, split in splits.items() if not split.empty}
+    if not splits:
+        report = source.report
+        found = "there is none"
+        if report.dropped:
+            reason, count = report.dropped.most_common(1)[0]
+            found = f"{report.dropped.total()} dropped, {count} of them for {reason!r}, such as "
+            found += report.examples[reason][0]
+        raise UserError(f"{source.directory}: no annotation of {dataset.name} can be used; {found}")
+    return parsed.labels, splits
+
+
+def _tracked(records: Iterable[Record], task: str) -> Iterator[Record]:
+    """The records, with a progress bar; nobody knows how many there will be."""
+    columns = (
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.completed:,.0f} records"),
+        progress.TimeElapsedColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        yield from bar.track(records, description=task)
 
 
 class _Counted:
@@ -274,14 +304,6 @@ class _Counted:
         )
 
 
-def _reasons(report: Report) -> str:
-    """Why annotations were dropped, with an example of each, the most frequent first."""
-    return "; ".join(
-        f"{count} dropped for {reason!r}, such as {report.examples[reason][0]}"
-        for reason, count in report.dropped.most_common()
-    )
-
-
 def _example(record: Record) -> dict[str, object]:
     turns = record.turns
     return {
@@ -289,6 +311,7 @@ def _example(record: Record) -> dict[str, object]:
         "video": record.video,
         "start": record.start,
         "stop": record.stop,
+        "stride": record.stride,
         "turns": {
             "role": np.array([turn.role.encode() for turn in turns], object),
             "time": np.array([turn.time for turn in turns], np.float64),
@@ -307,6 +330,7 @@ def _record(example: Mapping[str, Any]) -> Record:
         video=example["video"].decode(),
         start=float(example["start"]),
         stop=float(example["stop"]),
+        stride=int(example["stride"]),
         turns=tuple(
             Turn(role.decode(), float(time), text.decode(), bool(learn))
             for role, time, text, learn in rows

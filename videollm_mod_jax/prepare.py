@@ -1,0 +1,126 @@
+"""Makes a dataset of annotated videos ready for training and evaluation.
+
+    python -m videollm_mod_jax.prepare --dataset own --source my_annotations \
+        --features features/my_videos --out datasets
+
+reads the annotations below `--source` as the page of the dataset (`--page own`) describes them,
+and writes records about the videos of the feature store, which `encode` made, to `datasets/own`.
+Every annotation that is not used is counted under a reason, with the file, record and field of the
+first ones; the counts are kept in `datasets/own/*/dataset.json`.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from videollm_mod_jax import cli
+from videollm_mod_jax.data.annotations import Report, Source
+from videollm_mod_jax.data.builders import registry
+from videollm_mod_jax.data.builders.stored import Split, check_dataset, open_dataset, write_dataset
+from videollm_mod_jax.data.features import FeatureSource
+from videollm_mod_jax.errors import UserError
+
+MAX_FRAMES = 1200
+"""Ten minutes at 2 fps, the longest stretch that VideoLLM-online (its v1+) trains on."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    return cli.report_user_errors(
+        lambda: _run(arguments), "interrupted; nothing was written, the same command starts again"
+    )
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.list:
+        for name, dataset in registry.DATASETS.items():
+            prose = (line for line in dataset.page.splitlines() if line and line[0] != "#")
+            print(f"{name:<28}{next(prose)}")
+    elif arguments.page is not None:
+        print(registry.find_dataset(arguments.page).page)
+    else:
+        _prepare(arguments)
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    needed = ("dataset", "source", "features")
+    missing = [f"--{name}" for name in needed if getattr(arguments, name) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)}: missing; see --help, or --list for the datasets")
+    if arguments.max_frames < 1:
+        raise UserError(f"--max-frames is {arguments.max_frames}; expected 1 or more")
+    dataset = registry.find_dataset(arguments.dataset)
+    if not Path(arguments.source).is_dir():
+        raise UserError(f"--source: there is no directory {arguments.source}")
+    source = Source(
+        directory=Path(arguments.source),
+        videos=FeatureSource(arguments.features).videos,
+        max_frames=arguments.max_frames,
+        report=Report(),
+    )
+    try:
+        if arguments.check:
+            splits = check_dataset(dataset, source)
+        else:
+            path = write_dataset(dataset, source, Path(arguments.out))
+            splits = open_dataset(path).splits
+    except UserError:
+        _print_report(source.report)
+        raise
+    _print_report(source.report)
+    _print_splits(splits)
+    if not arguments.check:
+        print(f"wrote {path}")
+
+
+def _print_report(report: Report) -> None:
+    """Prints how many annotations were kept and dropped, why, and the first of every reason."""
+    dropped = report.dropped.total()
+    print(f"{report.kept:,} annotations kept, {dropped:,} dropped")
+    for reason, count in report.dropped.most_common():
+        print(f"  {count:>9,}  {reason}")
+        for example in report.examples[reason]:
+            print(f"{'':>13}{example}")
+
+
+def _print_splits(splits: Mapping[str, Split]) -> None:
+    table = Table()
+    table.add_column("split")
+    for column in ("records", "videos", "frames", "turns"):
+        table.add_column(column, justify="right")
+    for name, split in splits.items():
+        counts = (split.records, split.videos, split.frames, split.turns)
+        table.add_row(name, *(f"{count:,}" for count in counts))
+    Console().print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m videollm_mod_jax.prepare",
+        description="Turns the annotations of a dataset into records about encoded videos.",
+    )
+    add = parser.add_argument
+    add("--list", action="store_true", help="print the names of the datasets")
+    add("--page", metavar="NAME", help="print where to get a dataset, its files and its records")
+    add("--dataset", metavar="NAME", help="which dataset to prepare")
+    add("--source", metavar="DIR", help="directory of its annotations")
+    add("--features", metavar="DIR", help="feature store of its videos, made by encode")
+    add("--out", metavar="DIR", default="datasets", help="writes DIR/NAME (default: datasets)")
+    add(
+        "--max-frames",
+        type=int,
+        metavar="F",
+        default=MAX_FRAMES,
+        help="frames of the longest record; longer videos are cut (default: %(default)s)",
+    )
+    add("--check", action="store_true", help="read everything and report, but write nothing")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
