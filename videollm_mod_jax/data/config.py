@@ -14,8 +14,8 @@ class SourceConfig:
     """A dataset of a run.
 
     Attributes:
-      weight: its share of the training examples, beside those of the others; 0 for a dataset that
-        is only evaluated.
+      weight: how often its training examples come in an epoch: 1.0 for all datasets is their
+        concatenation; 0 for a dataset that is only evaluated.
       records: the directory that `prepare` wrote; empty for `digits_stream`, which is drawn in the
         working directory.
       features: the feature store that `encode` wrote; empty for `digits_stream`.
@@ -43,8 +43,8 @@ class DataConfig:
       sources: by name of the dataset.
       draw: of `digits_stream`; None without it.
       seed: of drawing, order and disturbance.
-      epochs: passes over the training records, which decide the number of updates; 0 leaves it to
-        `training.steps`.
+      epochs: passes over the training records, as often as their weights say, which decide the
+        number of updates; 0 leaves it to `training.steps`.
       frames: most frames of an example; a drawn stream has as many, at 2 FPS.
       system: the instruction that opens every conversation.
       tokenizer: path of a Hugging Face `tokenizer.json`, or of its directory; empty takes that of

@@ -175,7 +175,7 @@ class Sources:
     ) -> Iterator[dict[str, Any]]:
         """A process's batches from the `start`-th on; `examples` are the `trained` ones by name."""
         return training_batches(
-            [(examples[name], self.config.sources[name].weight) for name in self.trained],
+            [(examples[name], self._share(name)) for name in self.trained],
             self.config.batch_size,
             self.config.seed,
             process_index=process_index,
@@ -188,9 +188,13 @@ class Sources:
         """Updates that the run makes: as `data.epochs` says, or else `steps`."""
         if not self.config.epochs:
             return steps
-        count = sum(len(self.dataset(name).records(TRAIN)) for name in self.trained)
-        return math.ceil(self.config.epochs * count / self.config.batch_size)
+        epoch = sum(self._share(name) for name in self.trained)
+        return math.ceil(self.config.epochs * epoch / self.config.batch_size)
 
     def training_videos(self) -> dict[str, list[str]]:
         """The videos that are learnt from, by dataset."""
         return {name: sorted(set(self.dataset(name).videos(TRAIN))) for name in self.trained}
+
+    def _share(self, name: str) -> float:
+        """How many examples of a dataset an epoch holds."""
+        return self.config.sources[name].weight * len(self.records(name, TRAIN))
