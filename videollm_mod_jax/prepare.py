@@ -85,7 +85,8 @@ def _print_report(report: Report) -> None:
     for reason, count in report.dropped.most_common():
         print(f"  {count:>9,}  {reason}")
         for example in report.examples[reason]:
-            print(f"{'':>13}{example}")
+            # It may quote half of a surrogate pair, which no terminal can show.
+            print(f"{'':>13}{example.encode(errors='backslashreplace').decode()}")
 
 
 def _print_splits(splits: Mapping[str, Split]) -> None:

@@ -12,7 +12,6 @@ is needed to write or read it.
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import os
 import shutil
@@ -26,13 +25,14 @@ from rich import progress
 from rich.console import Console
 
 from videollm_mod_jax.data import files
-from videollm_mod_jax.data.annotations import Dataset, Record, Source, Turn, frame_range
+from videollm_mod_jax.data.annotations import Dataset, Record, Source, Turn
+from videollm_mod_jax.data.builders.counting import CountedSplit, Split
 from videollm_mod_jax.errors import UserError
 
 VERSION = tfds.core.Version("1.0.0")
 _DATASET, _VIDEOS = "dataset.json", "videos.json"
 
-# TFDS keeps numbers as float32, in which 0.1 s at 30 fps is after frame 3; bytes keep all digits.
+# TFDS keeps numbers as float32, which moves 5400.1 s at 30 fps by a frame; bytes keep all digits.
 _SECONDS = {"dtype": np.float64, "encoding": "bytes"}
 _FEATURES = {
     "id": tfds.features.Text(),
@@ -49,23 +49,6 @@ _FEATURES = {
     },
     "target": tfds.features.Text(),
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Split:
-    """What a split of a prepared dataset amounts to.
-
-    Attributes:
-      records: number of records.
-      videos: number of videos that they are about.
-      frames: frames of all records.
-      turns: turns of all records.
-    """
-
-    records: int
-    videos: int
-    frames: int
-    turns: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +104,7 @@ class StoredRecords(Sequence[Record]):
 
     def __init__(self, directory: str | os.PathLike, split: str):
         """Args: directory: of a `StoredDataset`; split: one that it has."""
-        self._directory, self._split = Path(directory), split
+        self._directory = Path(directory)
         with _refusing_damage(self._directory):
             builder = tfds.builder_from_directory(self._directory / str(VERSION))
             self._source = builder.as_data_source(split)
@@ -226,7 +209,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = VERSION
 
-    def __init__(self, dataset: Dataset, splits: Mapping[str, "_Counted"], **arguments: object):
+    def __init__(self, dataset: Dataset, splits: Mapping[str, CountedSplit], **arguments: object):
         self.name, self._page, self._splits = dataset.name, dataset.page, splits
         super().__init__(**arguments)
 
@@ -247,10 +230,10 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return ((index, _example(record)) for index, record in enumerate(records))
 
 
-def _read(dataset: Dataset, source: Source) -> tuple[tuple[str, ...], dict[str, "_Counted"]]:
+def _read(dataset: Dataset, source: Source) -> tuple[tuple[str, ...], dict[str, CountedSplit]]:
     """Its labels, and the splits that have records."""
-    parsed, fps = dataset.read(source), source.videos.fps
-    splits = {name: _Counted(records, fps) for name, records in parsed.splits.items()}
+    parsed = dataset.read(source)
+    splits = {name: CountedSplit(records, source.videos) for name, records in parsed.splits.items()}
     splits = {name: split for name, split in splits.items() if not split.empty}
     if not splits:
         report = source.report
@@ -273,35 +256,6 @@ def _tracked(records: Iterable[Record], task: str) -> Iterator[Record]:
     )
     with progress.Progress(*columns, console=Console(stderr=True)) as bar:
         yield from bar.track(records, description=task)
-
-
-class _Counted:
-    """The records of a split, counted as they pass."""
-
-    def __init__(self, records: Iterable[Record], fps: float):
-        records = iter(records)
-        first = tuple(itertools.islice(records, 1))
-        self.empty = not first
-        self.videos: dict[str, None] = {}
-        self._records, self._fps = itertools.chain(first, records), fps
-        self._count = self._frames = self._turns = 0
-
-    def __iter__(self) -> Iterator[Record]:
-        for record in self._records:
-            self.videos[record.video] = None
-            self._count += 1
-            self._frames += len(frame_range(record, self._fps))
-            self._turns += len(record.turns)
-            yield record
-
-    @property
-    def counts(self) -> Split:
-        return Split(
-            records=self._count,
-            videos=len(self.videos),
-            frames=self._frames,
-            turns=self._turns,
-        )
 
 
 def _example(record: Record) -> dict[str, object]:
@@ -340,7 +294,9 @@ def _record(example: Mapping[str, Any]) -> Record:
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    # The report may quote half of a surrogate pair, which is damage that it reports.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _read_json(path: Path) -> Any:

@@ -1,0 +1,97 @@
+"""What every record of a dataset must be, and how many there are."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+
+from videollm_mod_jax.data import dialogue
+from videollm_mod_jax.data.annotations import Record, Videos, frame_range, shown
+from videollm_mod_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """What a split of a prepared dataset amounts to.
+
+    Attributes:
+      records: number of records.
+      videos: number of videos that they are about.
+      frames: frames of all records.
+      turns: turns of all records.
+    """
+
+    records: int
+    videos: int
+    frames: int
+    turns: int
+
+
+class CountedSplit:
+    """The records of a split, checked and counted as they pass.
+
+    Attributes:
+      empty: whether there are none.
+      videos: the videos that they are about, each once, in order; a dict whose values mean nothing.
+    """
+
+    def __init__(self, records: Iterable[Record], videos: Videos):
+        """Args: records: of the split, in order; videos: whose features are stored."""
+        records = iter(records)
+        first = tuple(itertools.islice(records, 1))
+        self.empty = not first
+        self.videos: dict[str, None] = {}
+        self._records, self._stored = itertools.chain(first, records), videos
+        self._count = self._frames = self._turns = 0
+
+    def __iter__(self) -> Iterator[Record]:
+        ids = set()
+        for record in self._records:
+            check_record(record, self._stored)
+            if record.id in ids:
+                raise UserError(f"{record.id}: expected one record of this name, found two")
+            ids.add(record.id)
+            self.videos[record.video] = None
+            self._count += 1
+            self._frames += len(frame_range(record, self._stored.fps))
+            self._turns += len(record.turns)
+            yield record
+
+    @property
+    def counts(self) -> Split:
+        """What has passed so far."""
+        return Split(
+            records=self._count,
+            videos=len(self.videos),
+            frames=self._frames,
+            turns=self._turns,
+        )
+
+
+def check_record(record: Record, videos: Videos) -> None:
+    """Refuses, before it is stored, a record that training or evaluation would trip over.
+
+    Raises:
+      UserError: its frames are not all stored, its turns do not make a conversation, or a text
+        holds `<v>` or half of a surrogate pair.
+    """
+    stored, frames = videos.frames.get(record.video, 0), frame_range(record, videos.fps)
+    if not (frames and 0 <= frames[0] <= frames[-1] < stored):
+        raise UserError(
+            f"{record.id}: expected frames among the {stored} of {record.video!r}, found "
+            f"{frames.start} to {frames.stop - 1}"
+        )
+    dialogue.conversation_of(record, videos.fps, system="")
+    for text in (record.id, *(turn.text for turn in record.turns)):
+        if dialogue.PLACEHOLDER in text or not _is_unicode(text):
+            raise UserError(
+                f"{shown(record.id)}: expected texts without {dialogue.PLACEHOLDER!r} and lone "
+                f"surrogates, found {shown(text)}"
+            )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
