@@ -165,7 +165,7 @@ def _csv_rows(path: Path, text: str, report: Report) -> Iterator[tuple[str, Any]
             if len(cells) > len(names):
                 expected = f"expected {len(names)} cells, found {len(cells)}; quote the text"
                 report.drop("too many cells", where, expected)
-            elif cells:
+            elif any(cell.strip() for cell in cells):
                 yield where, dict(zip(names, cells, strict=False))
     except csv.Error as error:
         raise UserError(f"{path}: line {rows.line_num}: {error}; correct the quotes") from error
