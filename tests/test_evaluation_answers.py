@@ -66,14 +66,14 @@ def test_a_prompt_is_everything_before_the_last_answer():
 
 
 def test_prompts_are_padded_as_drawn():
-    def padded(frames):
-        starts = np.zeros(frames, np.int32)
-        return answers.padded_shape(answers.Prompt("", np.zeros(frames * N + 20), starts), N)
-
-    assert [padded(f)[0] for f in range(11)] == [1, 1, 2, 3, 4, 5, 6, 7, 8, 10, 10]
-    assert [padded(f)[0] for f in (11, 12, 13, 16, 17, 20, 21)] == [12, 12, 14, 16, 20, 20, 24]
-    assert padded(7) == (7, 32)
-    assert max(padded(f)[0] / f for f in range(1, 3000)) < 1.25
+    bucket = answers.frame_bucket
+    assert [bucket(f) for f in range(11)] == [1, 1, 2, 3, 4, 5, 6, 7, 8, 10, 10]
+    assert [bucket(f) for f in (11, 12, 13, 14, 15, 16, 17, 20, 21)] == [
+        *(12, 12, 14, 14, 16, 16, 20, 20, 24)
+    ]
+    assert max(bucket(f) / f for f in range(1, 3000)) <= 1.25
+    prompt = answers.Prompt("", np.zeros(9 * N + 20, np.int32), np.zeros(9, np.int32))
+    assert answers.padded_shape(prompt, N) == (10, 32)
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED])

@@ -71,6 +71,6 @@ def loaded_model(seed=0, silence=0.0, end=4.0):
     vision_D, silence_D, end_D = rng.normal(size=(3, CONFIG.decoder.hidden_size))
     params["connector"]["fc2"]["bias"] = vision_D.astype(np.float32)
     scale, kernel_DV = CONFIG.decoder.hidden_size**-0.5, params["lm_head"]["kernel"]
-    kernel_DV[:, words.interval_id] = scale * (silence_D + silence * vision_D)
+    kernel_DV[:, words.interval_id] = scale * (4 * silence_D + silence * vision_D)
     kernel_DV[:, words.eos_id] = scale * end * end_D
     return LoadedModel(CONFIG, jax.tree.map(jnp.asarray, variables), words, tiny_stream.SYSTEM)

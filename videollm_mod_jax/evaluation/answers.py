@@ -125,21 +125,25 @@ def _shown(conversation: dialogue.Conversation, tokenizer: Tokenizer) -> str:
     return "".join(pieces) + dialogue.ASSISTANT
 
 
-def padded_shape(prompt: Prompt, tokens_per_frame: int) -> tuple[int, int]:
-    """The frames and text tokens that a prompt is padded to; it depends on the prompt alone.
+def frame_bucket(frames: int) -> int:
+    """The number of frames that a sequence is padded to: one of four steps per power of two.
 
-    Text is padded as `engine.bucket` says, and frames to one of four steps per power of two, so
-    that few shapes are compiled and at most a fifth of the frames are padding:
+    So few shapes are compiled, and at most a fifth of the frames are padding:
 
     ```
     frames  0 1 2 3 4 5 6 7 8 9 10 11 12 13 .. 16 17 .. 20
     padded  1 1 2 3 4 5 6 7 8 10   12    14    16       20
     ```
     """
-    frames = len(prompt.frame_starts)
     step = max(1, 1 << max(0, (frames - 1).bit_length() - 3))
+    return max(1, -(-frames // step) * step)
+
+
+def padded_shape(prompt: Prompt, tokens_per_frame: int) -> tuple[int, int]:
+    """The frames and text tokens that a prompt is padded to; it depends on the prompt alone."""
+    frames = len(prompt.frame_starts)
     text = len(prompt.tokens) - frames * tokens_per_frame
-    return max(1, -(-frames // step) * step), engine.bucket(text)
+    return frame_bucket(frames), engine.bucket(text)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))

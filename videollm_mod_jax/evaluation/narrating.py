@@ -1,0 +1,344 @@
+"""Watching with its own words as history: what a model says when nobody corrects it.
+
+Teacher-forced metrics judge every turn on the true history; live, the history is what the model
+itself said. Here a batch of streams is watched live: the users' questions are put at their times,
+and all that is said stays in the caches. Every stream equals a `StreamingSession` of its own.
+
+Shape suffixes: B streams, F frames, N tokens per frame, W vision feature width, T text tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from videollm_mod_jax.data import dialogue
+from videollm_mod_jax.data.annotations import frame_range
+from videollm_mod_jax.data.pipeline import Examples
+from videollm_mod_jax.evaluation.answers import decode, frame_bucket, make_prompt, read_answer
+from videollm_mod_jax.evaluation.timing import Narration
+from videollm_mod_jax.models import VideoLLM
+from videollm_mod_jax.streaming import engine
+from videollm_mod_jax.streaming.triggers import breaks_silence
+from videollm_mod_jax.training.checkpoint import LoadedModel
+
+ROOM = 4
+"""The caches hold so many times the text of the true dialogue; who says more is cut short."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What a user asks.
+
+    Attributes:
+      before: index of the frame that comes next; the number of frames behind the last one.
+      text: of the question.
+      reference: the true answer, None where there is none.
+    """
+
+    before: int
+    text: str
+    reference: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """A conversation as it happens live.
+
+    Attributes:
+      frames: how many are shown.
+      questions: in order.
+      narrations: (index of the frame after which it is said, text), in order.
+    """
+
+    frames: int
+    questions: tuple[Question, ...]
+    narrations: tuple[tuple[int, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """What a model said about a record, and what is true.
+
+    Attributes:
+      narrations: said unasked, at the times of frames, in seconds of the video.
+      truth: the true narrations, at the times of the frames that they follow.
+      answers: (question, answer, reference or None).
+      start: seconds of the first frame.
+      full_at: seconds at which the context was full and the rest went unsaid; None if it never was.
+    """
+
+    narrations: tuple[Narration, ...]
+    truth: tuple[Narration, ...]
+    answers: tuple[tuple[str, str, str | None], ...]
+    start: float
+    full_at: float | None
+
+
+def script_of(conversation: dialogue.Conversation) -> Script:
+    """Who speaks when.
+
+    ```
+    frame                 0 1 2 3 4 5
+    Stream(2) Assistant   | |a                   narration (1, a)
+    Stream(3) User             | | |q            question before frame 5
+              Assistant              A           its reference
+    Stream(1)                          |         frames 6
+    ```
+    """
+    shown, questions, narrations = 0, [], []
+    for i, message in enumerate(conversation):
+        match message:
+            case dialogue.Stream(num_frames):
+                shown += num_frames
+            case dialogue.User(text):
+                follows = conversation[i + 1 : i + 2]
+                answers = [m.text for m in follows if isinstance(m, dialogue.Assistant)]
+                questions.append(Question(shown, text, answers[0] if answers else None))
+            case dialogue.Assistant(text) if not isinstance(conversation[i - 1], dialogue.User):
+                narrations.append((shown - 1, text))
+    return Script(shown, tuple(questions), tuple(narrations))
+
+
+def watch_records(
+    model: LoadedModel,
+    examples: Examples,
+    indices: Iterable[int],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    silence_threshold: float | None,
+) -> Iterator[tuple[int, Watched]]:
+    """Watches records live, greedily.
+
+    Args:
+      model: weights, config and tokenizer.
+      examples: of a split, undisturbed.
+      indices: of records in it, in any order.
+      batch_size: B, streams that advance together.
+      max_new_tokens: longest answer with its eos; a longer one is cut.
+      silence_threshold: see `breaks_silence`.
+
+    Yields:
+      Index and what was said, in the order in which batches of streams of one length become full.
+
+    Raises:
+      UserError: a record without features.
+    """
+    for group in _grouped(examples, indices, batch_size, max_new_tokens):
+        batch = _Batch(model, examples, group, batch_size, max_new_tokens, silence_threshold)
+        for stream in batch.watch():
+            yield stream.index, stream.watched()
+
+
+@dataclasses.dataclass
+class _Stream:
+    """One row: what it will be shown, and where it is.
+
+    `used` counts the text tokens in its caches; `is_open`: a frame came last.
+    """
+
+    index: int
+    script: Script
+    times_F: np.ndarray
+    capacity: int
+    opening: str
+    used: int = 0
+    is_open: bool = False
+    full_at: float | None = None
+    narrations: list[Narration] = dataclasses.field(default_factory=list)
+    answers: list[tuple[str, str, str | None]] = dataclasses.field(default_factory=list)
+
+    def watched(self) -> Watched:
+        truth = (Narration(float(self.times_F[f]), text) for f, text in self.script.narrations)
+        return Watched(
+            tuple(self.narrations),
+            tuple(truth),
+            tuple(self.answers),
+            float(self.times_F[0]),
+            self.full_at,
+        )
+
+
+def _grouped(
+    examples: Examples, indices: Iterable[int], batch_size: int, max_new_tokens: int
+) -> Iterator[list[_Stream]]:
+    """Streams of one padded shape, `batch_size` at a time, and at the end those left over."""
+    waiting: dict[tuple[int, int], list[_Stream]] = {}
+    opening = dialogue.opening(examples.system, examples.tokenizer.bos)
+    for index in indices:
+        record, conversation = examples.records[index], examples.conversation(index)
+        script = script_of(conversation)
+        prompt = make_prompt(conversation, examples.tokenizer, examples.tokens_per_frame)
+        text = len(prompt.tokens) - script.frames * examples.tokens_per_frame
+        capacity = ROOM * engine.bucket(text + max_new_tokens)
+        times_F = np.array(frame_range(record, examples.features.meta.fps))
+        times_F = times_F[: script.frames] / examples.features.meta.fps
+        group = waiting.setdefault((frame_bucket(script.frames), capacity), [])
+        group.append(_Stream(index, script, times_F, capacity, opening))
+        if len(group) == batch_size:
+            yield waiting.pop((frame_bucket(script.frames), capacity))
+    yield from waiting.values()
+
+
+_append = functools.partial(jax.jit, static_argnames="model", donate_argnames="state")(
+    engine.append
+)
+
+
+class _Batch:
+    """Streams that advance together, frame by frame."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        examples: Examples,
+        streams: Sequence[_Stream],
+        batch_size: int,
+        max_new_tokens: int,
+        silence_threshold: float | None,
+    ):
+        self._model, self._video_llm = model, VideoLLM(model.config)
+        self._streams, self._size = streams, batch_size
+        self._max_new_tokens, self._threshold = max_new_tokens, silence_threshold
+        self._features = [
+            examples.frames(examples.records[stream.index])[: stream.script.frames]
+            for stream in streams
+        ]
+        self._answer_prompt = self._encode(dialogue.ANSWER_PROMPT)
+        longest = max(
+            len(self._encode(stream.opening + dialogue.question_prompt(question.text, True)))
+            for stream in streams
+            for question in (*stream.script.questions, Question(0, "?", None))
+        )
+        # Behind the text that a stream may use lies room for the padding of the longest chunk.
+        self._state = engine.start(
+            self._video_llm,
+            batch_size,
+            streams[0].capacity + engine.bucket(longest),
+            frame_bucket(max(stream.script.frames for stream in streams)),
+            seed=0,
+        )
+
+    def watch(self) -> Sequence[_Stream]:
+        frames = max(stream.script.frames for stream in self._streams)
+        for frame in range(frames + 1):
+            self._ask(frame)
+            if frame < frames:
+                speaking = self._show(frame)
+                self._speak(speaking, frame)
+        return self._streams
+
+    def _ask(self, frame: int) -> None:
+        """Puts the questions that come before a frame, each stream's one after another."""
+        asked = [
+            [question for question in stream.script.questions if question.before == frame]
+            for stream in self._streams
+        ]
+        for turn in range(max(map(len, asked))):
+            rows = {
+                b: questions[turn] for b, questions in enumerate(asked) if turn < len(questions)
+            }
+            prompts = {}
+            for b, question in rows.items():
+                stream = self._streams[b]
+                text = stream.opening + dialogue.question_prompt(question.text, stream.is_open)
+                prompts[b] = self._encode(text)
+            for b, said in self._answer(prompts, frame, padded=True).items():
+                self._streams[b].answers.append((rows[b].text, said, rows[b].reference))
+
+    def _show(self, frame: int) -> list[int]:
+        """Shows a frame to the streams that have it; the rows that then speak."""
+        prefixes = {}
+        for b, stream in enumerate(self._streams):
+            if frame < stream.script.frames:
+                text = dialogue.INTERVAL
+                if not stream.is_open:
+                    text = stream.opening + dialogue.STREAM_OPEN
+                prefixes[b] = self._encode(text)
+        prefixes = self._with_room(prefixes, frame)
+        if not prefixes:
+            return []
+        N, W = self._features[0].shape[1:]
+        tokens = self._model.config.tokens_per_frame
+        longest = max(map(len, prefixes.values()))
+        tokens_BS = np.zeros((self._size, longest + tokens), np.int32)
+        features_B1NW = np.zeros((self._size, 1, N, W), np.float32)
+        starts_B1, length_B = np.zeros((self._size, 1), np.int32), np.zeros(self._size, np.int32)
+        for b, prefix in prefixes.items():
+            tokens_BS[b, : len(prefix)] = prefix
+            features_B1NW[b, 0] = self._features[b][frame]
+            starts_B1[b], length_B[b] = len(prefix), len(prefix) + tokens
+            stream = self._streams[b]
+            stream.used += len(prefix)
+            stream.opening, stream.is_open = "", True
+        self._state = _append(
+            self._video_llm,
+            self._model.variables,
+            self._state,
+            tokens_BS,
+            length_B,
+            features_B1NW,
+            starts_B1,
+        )
+        interval = self._model.tokenizer.interval_id
+        breaks_B = np.asarray(breaks_silence(self._state.logits_BV, interval, self._threshold))
+        return [b for b in prefixes if breaks_B[b]]
+
+    def _speak(self, rows: Sequence[int], frame: int) -> None:
+        prompts = dict.fromkeys(rows, self._answer_prompt)
+        for b, said in self._answer(prompts, frame, padded=False).items():
+            stream = self._streams[b]
+            stream.narrations.append(Narration(float(stream.times_F[frame]), said))
+
+    def _answer(self, prompts: dict[int, list[int]], frame: int, *, padded: bool) -> dict[int, str]:
+        """Appends prompts and what the model answers, in the rows that have room for it."""
+        prompts = self._with_room(prompts, frame)
+        if not prompts:
+            return {}
+        longest = max(map(len, prompts.values()))
+        width = engine.bucket(longest) if padded else longest
+        tokens_BT, length_B = (
+            np.zeros((self._size, width), np.int32),
+            np.zeros(self._size, np.int32),
+        )
+        for b, ids in prompts.items():
+            tokens_BT[b, : len(ids)], length_B[b] = ids, len(ids)
+        model, eos_id = self._model, self._model.tokenizer.eos_id
+        state = engine.append_text(
+            self._video_llm, model.variables, self._state, tokens_BT, length_B
+        )
+        self._state, answers_BT = decode(
+            self._video_llm,
+            model.variables,
+            state,
+            length_B > 0,
+            np.zeros((self._size, 2), np.uint32),
+            eos_id=eos_id,
+            max_new_tokens=self._max_new_tokens,
+            temperature=0.0,
+        )
+        answers_BT, said = np.asarray(answers_BT), {}
+        for b, ids in prompts.items():
+            stream = self._streams[b]
+            stream.used += len(ids) + int(np.argmax(answers_BT[b] == eos_id)) + 1
+            stream.opening, stream.is_open = "", False
+            said[b] = read_answer(answers_BT[b], model.tokenizer)
+        return said
+
+    def _with_room(self, chunks: dict[int, list[int]], frame: int) -> dict[int, list[int]]:
+        """Of rows that are to be given text, those that may still be answered behind it."""
+        fitting = {}
+        for b, ids in chunks.items():
+            stream = self._streams[b]
+            needed = stream.used + len(ids) + len(self._answer_prompt) + self._max_new_tokens
+            if stream.full_at is None and needed > stream.capacity:
+                stream.full_at = float(stream.times_F[min(frame, len(stream.times_F) - 1)])
+            if stream.full_at is None:
+                fitting[b] = ids
+        return fitting
+
+    def _encode(self, text: str) -> list[int]:
+        return self._model.tokenizer.encode(text).ids.tolist()
