@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests import tiny_sources
@@ -104,6 +104,13 @@ def test_tables_of_any_spreadsheet_are_read(tmp_path, form):
     path = tmp_path / "annotations.csv"
     path.write_text(CSV_FORMS[form], encoding="utf-8", newline="")
     assert read(source(tmp_path))["train"][0].turns == (Turn("assistant", 1.5, "Zwei Eier"),)
+
+
+def test_only_the_ending_of_a_file_may_be_left_out(tmp_path):
+    # The video kitchen.new has no features; that of kitchen are others.
+    _, report = read_csv(tmp_path, "kitchen.new,1,x,,", "kitchen.MP4,1,x,,")
+    assert (report.kept, report.dropped) == (1, {"unknown video": 1})
+    assert "found 'kitchen.new'" in report.examples["unknown video"][0]
 
 
 def test_a_quoted_text_may_hold_anything(tmp_path):
@@ -291,6 +298,8 @@ def test_what_is_said_after_the_last_frame_comes_at_the_last_frame():
 
 
 @settings(deadline=None, max_examples=300)
+@example([("Q", 1e-132, "a"), ("N", 1.0, "a")], 1, 1, 0.5)
+@example([("Q", 1e-132, "a"), ("N", 1e-132, "a"), ("N", 1.0, "a")], 1, 1, 0.5)
 @given(
     st.lists(st.tuples(st.sampled_from("QNN"), st.floats(0, 31), st.sampled_from("abcd"))),
     st.integers(1, 60),

@@ -110,7 +110,9 @@ def _exchanges(turns: Sequence[Located], source: Source, num_frames: int) -> lis
             asked, latest = _frame(questions[0][1].time, fps), questions[-1][1].time
             shown = max(shown, _frame(latest, fps))
             at_once = turn.time == latest or frame < shown
-            time = latest if at_once else min(turn.time, last)
+            # Later than the question, or it would be answered at once.
+            waited = max(min(turn.time, last), math.nextafter(latest, math.inf))
+            time = latest if at_once else waited
             said = [*(question for _, question in questions), dataclasses.replace(turn, time=time)]
             sources = [*(place for place, _ in questions), where]
             end = shown if at_once else frame + 1
@@ -122,7 +124,8 @@ def _exchanges(turns: Sequence[Located], source: Source, num_frames: int) -> lis
             exchanges[-1].turns[-1] = dataclasses.replace(before, text=text)
             exchanges[-1].sources.append(where)
         else:
-            said = [dataclasses.replace(turn, time=min(turn.time, last))]
+            before = exchanges[-1].turns[-1].time if exchanges else 0.0
+            said = [dataclasses.replace(turn, time=max(min(turn.time, last), before))]
             exchanges.append(_Exchange(frame, frame + 1, said, [where]))
     for where, question in questions:
         source.report.drop("question without an answer", where, f"{question.text!r}")

@@ -26,6 +26,7 @@ from videollm_mod_jax.data.annotations import (
     text_field,
 )
 from videollm_mod_jax.data.builders.cutting import cut
+from videollm_mod_jax.data.video_folder import IMAGES, VIDEOS
 from videollm_mod_jax.errors import UserError
 
 PAGE = """\
@@ -189,8 +190,9 @@ def _row(fields: Any, where: str, videos: Videos) -> _Row:
       FieldError: a field is missing, empty or malformed.
     """
     video = text_field(fields, "video", where)
-    if video not in videos.frames:
-        video = video.rpartition(".")[0]
+    stem, dot, ending = video.rpartition(".")
+    if video not in videos.frames and dot + ending.lower() in VIDEOS | IMAGES:
+        video = stem
     if video not in videos.frames:
         raise FieldError(
             "unknown video",
