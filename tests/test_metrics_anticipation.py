@@ -39,6 +39,7 @@ def test_drawn_answer():
         pytest.param("put knife\n7. take onion", [(0, 1), (0, 1)], id="no_number_no_action"),
         pytest.param("1. Put knife. 2. Put onion.", [(1, 0), (1, 0)], id="one_line_is_one_action"),
         pytest.param("9. Pot onions", [(1, 1), (1, 1)], id="nearest"),
+        pytest.param("1. Take knife 2.\n12. Put onion", [(0, 0), (1, 1)], id="first_number"),
         pytest.param("nothing", [(0, 0), (0, 0)], id="fallback"),
         pytest.param("", [(0, 0), (0, 0)], id="empty"),
     ],
@@ -59,6 +60,11 @@ def test_what_the_taxonomy_renders_is_read_back():
 def test_ties_go_to_the_first_in_the_alphabet_not_to_the_lowest_id():
     # "cat x" is one edit from each of the three.
     assert parse_actions("1. cat x", Taxonomy(("rat", "bat", "hat"), ("x",)), 1) == ((1, 0),)
+
+
+def test_the_full_stop_at_the_end_is_no_part_of_an_action():
+    # "a b." is one edit from "a b" and from "a a.", which comes first in the alphabet.
+    assert parse_actions("1. A b.", Taxonomy(("a",), ("b", "a.")), 1) == ((0, 0),)
 
 
 def test_the_nearest_action_is_that_of_the_textbook_distance():

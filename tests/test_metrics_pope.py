@@ -19,7 +19,7 @@ from videollm_mod_jax.evaluation.pope import PopeScores, mean_f1, pope_scores, y
         ("No", "no"),
         ("no, a cat", "no"),
         ("It is not there", "no"),
-        ("Yes. No.", "yes"),
+        ("Yes. No dog", "yes"),
         ("Nothing", "yes"),
     ],
 )

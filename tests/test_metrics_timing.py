@@ -142,6 +142,8 @@ def test_bad_input_is_refused():
         segment_pairs([], TRUE, start=4.0)
     with pytest.raises(ValueError, match="expected finite seconds"):
         window_matches(narrations(a="nan"), TRUE, window=1.0)
+    with pytest.raises(ValueError, match="expected finite seconds"):
+        segment_pairs(narrations(a="inf"), TRUE, start=0.0)
     with pytest.raises(ValueError, match="min_iou is 0; expected"):
         segment_scores(PREDICTED, TRUE, start=0.0, min_iou=0)
     with pytest.raises(ValueError, match="window is nan"):

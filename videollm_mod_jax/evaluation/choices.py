@@ -10,15 +10,6 @@ from collections.abc import Mapping, Sequence
 
 from videollm_mod_jax.evaluation.accuracy import accuracy
 
-_PREFIXES = (
-    "The best answer is",
-    "The correct answer is",
-    "The answer is",
-    "The answer",
-    # Upstream lacks two commas here, so these four make two; kept, since its numbers come from it.
-    "The best option isThe correct option is",
-    "Best answer:Best option:",
-)
 _SCIENCEQA_LETTERS = "ABCDE"
 
 
@@ -43,8 +34,9 @@ class ChoiceScores:
 def videomme_letter(response: str) -> str | None:
     """The option that an answer names, as Video-MME reads it: its first capital A, B, C or D.
 
-    Phrases such as "The best answer is" are removed before. The rule is meant for answers that are
-    little more than a letter; it reads others wrongly.
+    Upstream removes phrases such as "The best answer is" before; none holds one of these capitals
+    (but for one that two missing commas make of four), so nothing depends on it. The rule is meant
+    for answers that are little more than a letter; it reads others wrongly.
 
     ```
     C. A red cup.              -> C
@@ -54,10 +46,7 @@ def videomme_letter(response: str) -> str | None:
     none of them               -> None
     ```
     """
-    text = response.strip()
-    for prefix in _PREFIXES:
-        text = text.replace(prefix, "")
-    match = re.search("[ABCD]", text)
+    match = re.search("[ABCD]", response)
     return match[0] if match else None
 
 
