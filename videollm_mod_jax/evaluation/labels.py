@@ -52,8 +52,8 @@ def label_correct(answer: str, truth: str, labels: Sequence[str]) -> bool:
 def steps_correct(answer: str, truths: Sequence[str], labels: Sequence[str]) -> tuple[bool, ...]:
     """Which steps of a procedure an answer names right, line by line (COIN procedure tasks).
 
-    A line is compared with the labels as it is, with its number: "1. " counts three edits for
-    every label alike. Lines beyond the true steps are not judged, steps without a line are wrong.
+    A line is compared with the labels as it is, with its number, so even a right one is the three
+    edits of "1. " away. Lines beyond the true steps are not judged, steps without a line are wrong.
 
     ```
     truths            Pour milk.      Stir.       Serve.
