@@ -38,7 +38,8 @@ def test_a_published_name_finds_the_only_stored_name_that_ends_in_it(published, 
     ("published", "reason"),
     [
         ("0001", "ambiguous video"),
-        ("002", "unknown video"),  # the end of a word is not the end of a path
+        ("002", "unknown video"),  # the end of a name is not the end of a path
+        ("2017/0001", "unknown video"),
         ("gqa/images", "unknown video"),
         ("", "unknown video"),
         ("empty", "no frames"),

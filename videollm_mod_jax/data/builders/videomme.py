@@ -174,6 +174,7 @@ def _row(where: str, row: Any) -> Any:
     if not isinstance(row, tuple):
         return row
     video, question = row
+    field(video, "questions", list, where)
     url = text_field(video, "url", where)
     found = _YOUTUBE.search(url)
     if not found:
