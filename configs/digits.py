@@ -76,7 +76,10 @@ def get_config() -> ml_collections.ConfigDict:
         "mesh": (-1, 1, 1),
         "log_every": 10,
         "checkpoint_every": 400,
+        # Updates between validations, 0: none; and checkpoints of the lowest loss to keep as well.
+        "validate_every": 0,
         "keep_checkpoints": 2,
+        "keep_best": 0,
         "optimizer": {
             "learning_rate": 2e-3,
             "warmup_fraction": 0.1,

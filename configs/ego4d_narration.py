@@ -1,38 +1,61 @@
-"""Narrate egocentric video as it streams: the setting of VideoLLM-MoD (arXiv 2408.16730).
+r"""Narrate egocentric video as it streams: the setting of VideoLLM-MoD (arXiv 2408.16730).
 
-    python -m videollm_mod_jax.plan --config configs/ego4d_narration.py:v5p-16 --topology v5p:2x2x2
+    python -m videollm_mod_jax.train --config configs/ego4d_narration.py:v5p-16 \
+        --workdir runs/ego4d
+    python -m videollm_mod_jax.train --config configs/ego4d_narration.py:v5p-16,full \
+        --workdir runs/full
 
 Llama-3-8B with SigLIP-L/16-384 (1 + 3 x 3 tokens per frame), every second layer computing a fifth
 of each frame's tokens, LoRA on all linears, 600 frames, batch 64. The argument is the hardware, as
 Cloud TPU names it (v5e-16 and v6e-16 have 16 chips, v5p-8 four, v5p-16 eight), or gpu-8; it decides
-how many examples a chip takes at once.
+how many examples a chip takes at once. Behind a comma, the row of the paper's tables: mod, full,
+early_exit, layer_skip, or online: VideoLLM-online, the CLS token alone.
 
-Needs the prepared dataset and the features of its videos (docs/data.md); `plan` needs neither.
-Not run: the data need a licence, and nobody lent the hardware.
+Needs the prepared dataset and the features of its videos (docs/data.md); `plan` needs neither. Not
+run: the data need a licence, and no accelerator was at hand.
 """
+
+import dataclasses
 
 import ml_collections
 
 from videollm_mod_jax import experiment
+from videollm_mod_jax.models.config import early_exit, full_computation, layer_skip
 
 MICROBATCHES = {"v5e-16": 4, "v6e-16": 2, "v5p-8": 2, "v5p-16": 1, "gpu-8": 2}
 BATCH_SIZE = 64
 
 
-def get_config(hardware: str = "v5e-16") -> ml_collections.ConfigDict:
+# tanh1, not the paper's gate: a pretrained block starts unchanged.
+MOD = {
+    "insertion": "interleaved",
+    "keep_ratio": 0.2,
+    "selection": "learned",
+    "weighting": "tanh1",
+    "force_keep_last": False,
+}
+ROUTING = {
+    "mod": MOD,
+    "full": dataclasses.asdict(full_computation()),
+    "early_exit": dataclasses.asdict(early_exit(2, 32)),
+    "layer_skip": dataclasses.asdict(layer_skip()),
+    "online": dataclasses.asdict(full_computation()),
+}
+
+
+def get_config(argument: str = "v5e-16") -> ml_collections.ConfigDict:
+    hardware, _, row = argument.partition(",")
+    row = row or "mod"
     config = ml_collections.ConfigDict()
 
     # Directory of a converted Llama-3-8B with the tower: `convert from-hf --vision-tower`.
     config.init = "models/llama3-8b-siglip"
     config.model = experiment.model_table("llama3-8b", "siglip-l16-384")
-    # tanh1, not the paper's gate: a pretrained block starts unchanged.
-    config.model.routing = {
-        "insertion": "interleaved",
-        "keep_ratio": 0.2,
-        "selection": "learned",
-        "weighting": "tanh1",
-        "force_keep_last": False,
-    }
+    config.model.routing = ROUTING[row]
+    if row == "online":
+        # Converted and encoded by itself, with `convert --pool 0x0`.
+        config.init = "models/llama3-8b-siglip-cls"
+        config.model.vision.pool = (0, 0)
     config.model.lora = {
         "rank": 128,
         "alpha": 256.0,
@@ -48,14 +71,17 @@ def get_config(hardware: str = "v5e-16") -> ml_collections.ConfigDict:
             "ego4d_narration": {
                 "weight": 1.0,
                 "records": "datasets/ego4d_narration",
-                "features": "features/ego4d",
+                "features": "features/ego4d" if row != "online" else "features/ego4d-cls",
             }
         },
         "draw": None,
         "seed": 0,
         "epochs": 2.0,
         "frames": 600,
-        "system": "Narrate what the camera wearer does, as it happens.",
+        "system": (
+            "A multimodal AI assistant is helping users with some activities. Below is their "
+            "conversation, interleaved with the list of video frames received by the assistant."
+        ),
         # Empty: the model's own.
         "tokenizer": "",
         "vocab_size": 128_256,
@@ -84,7 +110,10 @@ def get_config(hardware: str = "v5e-16") -> ml_collections.ConfigDict:
         "mesh": (1, -1, 1),
         "log_every": 10,
         "checkpoint_every": 200,
+        # All of the validation split, which takes as long as some dozens of updates.
+        "validate_every": 1000,
         "keep_checkpoints": 2,
+        "keep_best": 1,
         "optimizer": {
             "learning_rate": 2e-4,
             "warmup_fraction": 0.05,

@@ -64,7 +64,9 @@ def get_config(model: str) -> ml_collections.ConfigDict:
         "mesh": (1, -1, 1),
         "log_every": 10,
         "checkpoint_every": 100,
+        "validate_every": 100,
         "keep_checkpoints": 2,
+        "keep_best": 1,
         "optimizer": {
             # Of the paper's Ego4D narration.
             "learning_rate": 2e-4,

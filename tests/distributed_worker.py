@@ -23,6 +23,7 @@ from videollm_mod_jax.training import checkpoint, distributed, loop, sharding
 
 BATCH_SIZE = 8
 STEPS = 6
+VALIDATION = (2000, 2001)
 CHANGES = {"steps": STEPS, "checkpoint_every": 2, "sharding": "fsdp", "mesh": (2, -1, 1)}
 # Before this batch a run that is to be interrupted says so and waits.
 WAIT_AT = 4
@@ -30,13 +31,23 @@ WAIT_AT = 4
 
 def batches_from(start: int, waits: bool) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the batches from `start` on."""
-    rows = np.array_split(np.arange(BATCH_SIZE), jax.process_count())[jax.process_index()]
     for index in range(start, 99):
         if waits and index == WAIT_AT:
             print("ready", flush=True)
             time.sleep(3)
-        batch = tiny_training.batch(index, BATCH_SIZE)
-        yield {name: array[rows] for name, array in batch.items()}
+        yield own_rows(index)
+
+
+def validation_batches() -> Iterator[dict[str, np.ndarray]]:
+    """This process's rows of two batches that are not learnt from."""
+    return map(own_rows, VALIDATION)
+
+
+def own_rows(index: int) -> dict[str, np.ndarray]:
+    """This process's rows of a batch."""
+    rows = np.array_split(np.arange(BATCH_SIZE), jax.process_count())[jax.process_index()]
+    batch = tiny_training.batch(index, BATCH_SIZE)
+    return {name: array[rows] for name, array in batch.items()}
 
 
 def train(workdir: Path, waits: bool = False) -> None:
@@ -52,6 +63,7 @@ def train(workdir: Path, waits: bool = False) -> None:
         tokenizer=tiny_training.TOKENIZER,
         system="watch",
         batches_from=lambda start: batches_from(start, waits),
+        validation_batches=validation_batches,
         profile_steps=1,
     )
     print(digest(trained.variables))

@@ -96,6 +96,70 @@ def test_loading_a_run_takes_the_newest_complete_checkpoint(tmp_path):
     assert sorted(p.name for p in newest.iterdir() if p.name.isdigit()) == ["12", "8"]
 
 
+def write_checkpoints(directory, losses, **options):
+    """Checkpoints of a run of `write_run`, with validation losses by step."""
+    state, _ = write_run(directory, steps=())
+    state = unstack_layers(state, PLAN)
+    for step, loss in losses.items():
+        # Opened anew, as by a run that was killed: losses come from the disk.
+        with Checkpointer(directory, **options) as checkpointer:
+            filled = jax.tree.map(lambda leaf, s=step: np.full(leaf.shape, s, leaf.dtype), state)
+            checkpointer.save(step, filled, loss)
+
+
+LOSSES = {2: 0.6, 4: 0.5, 6: None, 8: 0.7, 10: 0.5, 12: 0.9, 14: None, 16: 0.8}
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_best", "kept"),
+    [
+        (2, 0, [14, 16]),
+        (2, 1, [10, 14, 16]),
+        (2, 3, [2, 4, 10, 14, 16]),
+        (4, 1, [10, 12, 14, 16]),
+        # Checkpoints that were not validated are not among the best, however many these may be.
+        (1, 6, [2, 4, 8, 10, 12, 16]),
+    ],
+)
+def test_the_newest_and_the_best_checkpoints_survive(tmp_path, keep, keep_best, kept):
+    write_checkpoints(tmp_path, LOSSES, keep=keep, keep_best=keep_best)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == kept
+    assert checkpoint.checkpoint_steps(tmp_path) == kept
+    with Checkpointer(tmp_path, keep=keep, keep_best=keep_best) as checkpointer:
+        assert checkpointer.latest_step() == 16
+    best = {step: LOSSES[step] for step in kept if LOSSES[step]}
+    # Of equals, the newest.
+    assert checkpoint.best_step(tmp_path) == min(best, key=lambda step: (best[step], -step))
+
+
+def test_a_model_loads_from_the_checkpoint_that_is_asked_for(tmp_path, model_directory):
+    write_checkpoints(tmp_path, {4: 0.5, 8: 0.7}, keep=2)
+
+    def loaded(**arguments):
+        return set(np.unique(load_model(tmp_path, **arguments).variables["lora"]["lm_head"]["a"]))
+
+    assert loaded() == loaded(step=8) == {8}
+    assert loaded(step=checkpoint.best_step(tmp_path)) == {4}
+    with pytest.raises(UserError, match=r"no checkpoint of update 5; it has 4, 8$"):
+        load_model(tmp_path, step=5)
+    with pytest.raises(UserError, match=r"no checkpoint of update 5; it has none$"):
+        load_model(model_directory, step=5)
+
+
+def test_without_validation_no_checkpoint_is_the_best(tmp_path, model_directory):
+    write_checkpoints(tmp_path, {4: None}, keep=2)
+    for directory in (tmp_path, model_directory):
+        with pytest.raises(UserError, match="no checkpoint with a validation loss"):
+            checkpoint.best_step(directory)
+
+
+def test_damaged_metrics_name_their_checkpoint(tmp_path):
+    write_checkpoints(tmp_path, {4: 0.5, 8: 0.7}, keep=2)
+    (tmp_path / "checkpoints" / "4" / "metrics" / "metrics").write_text("")
+    with pytest.raises(UserError, match=r"checkpoints/4 cannot be read and .* delete this"):
+        load_model(tmp_path)
+
+
 def test_arrays_load_in_the_dtype_of_the_model(copy):
     config = json.loads((copy / "model.json").read_text())
     (copy / "model.json").write_text(json.dumps(config | {"param_dtype": "bfloat16"}))

@@ -8,11 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.distributed_worker import STEPS
+from tests import tiny_training
+from tests.distributed_worker import BATCH_SIZE, STEPS, VALIDATION
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.models import VideoLLM
 from videollm_mod_jax.training import distributed, metrics
+from videollm_mod_jax.training.checkpoint import load_model
+from videollm_mod_jax.training.step import BATCH_KEYS, make_validation_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,6 +77,16 @@ def digests(ended):
     return re.findall("digest [0-9a-f]{64}", "".join(out for _, out, _ in ended))
 
 
+def validation_loss(run):
+    """Of the newest weights, in this process, over all rows."""
+    model = load_model(run)
+    batches = [tiny_training.batch(index, BATCH_SIZE) for index in VALIDATION]
+    batch = {name: np.concatenate([each[name] for each in batches]) for name in BATCH_KEYS}
+    step = make_validation_step(VideoLLM(model.config), stream_weight=1.0)
+    total, weight = step(model.variables, {}, batch)["loss"]
+    return float(total / weight)
+
+
 def test_a_run_of_two_processes_survives_kills_and_restores_anywhere(tmp_path, cache):
     whole = Job("train", tmp_path / "whole", cache).end()
     assert [status for status, _, _ in whole] == [0, 0], whole
@@ -94,6 +109,10 @@ def test_a_run_of_two_processes_survives_kills_and_restores_anywhere(tmp_path, c
     again = Job("train", run, cache).end()
     assert [status for status, _, _ in again] == [0, 0], again
     assert metrics.read_metrics(run) == metrics.read_metrics(tmp_path / "whole")
+    validated = metrics.read_validation(run)
+    assert validated == metrics.read_validation(tmp_path / "whole")
+    assert [line["step"] for line in validated] == [2, 4, 6]
+    assert validated[-1]["validation_loss"] == pytest.approx(validation_loss(run), rel=1e-5)
     assert digests(again) == digests(whole)
 
     # One process, on one, two and eight devices.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 
 from tests import tiny_training
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.training import checkpoint, loop, metrics
+from videollm_mod_jax.models import VideoLLM
+from videollm_mod_jax.training import checkpoint, loop, metrics, validation
 from videollm_mod_jax.training.checkpoint import load_model, save_model
 
 
@@ -23,10 +25,12 @@ def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
     save = checkpoint.Checkpointer.save
 
-    def checked_save(self, step, state):
+    def checked_save(self, step, state, loss):
         # A kill right after a checkpoint must not lose a line that the resumed run skips.
         assert metrics.read_metrics(directory)[-1]["step"] == step
-        save(self, step, state)
+        validated = metrics.read_validation(directory)[-1]
+        assert (validated["step"], validated["validation_loss"]) == (step, loss)
+        save(self, step, state, loss)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.Checkpointer, "save", checked_save)
@@ -49,9 +53,79 @@ def test_a_killed_run_resumes_with_the_losses_of_an_uninterrupted_one(whole, tmp
     assert (tmp_path / "checkpoints" / "4").exists()
 
     resumed = tiny_training.train(tmp_path)
-    assert metrics.read_metrics(tmp_path) == metrics.read_metrics(whole[0])
+    logs = [directory / metrics.METRICS_FILE for directory in (tmp_path, whole[0])]
+    assert logs[0].read_bytes() == logs[1].read_bytes()
+    assert checkpoint.best_step(tmp_path) == checkpoint.best_step(whole[0])
     assert [line["step"] for line in metrics.read_metrics(tmp_path)] == list(range(1, 11))
     assert_bitwise(resumed.variables, whole[1].variables)
+
+
+def test_validation_measures_the_objective_without_dropout_on_the_saved_weights(whole):
+    directory, trained = whole
+    lines = metrics.read_validation(directory)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
+    totals = np.zeros(2)
+    for batch in tiny_training.validation_batches():
+        inputs = (batch[k] for k in ("tokens", "features", "frame_starts", "label_positions"))
+        logits_BJV = VideoLLM(trained.config).apply(trained.variables, *inputs).logits_BJV
+        log_BJV = np.asarray(jax.nn.log_softmax(logits_BJV), np.float64)
+        picked_BJ = np.take_along_axis(log_BJV, batch["labels"][..., None], -1)[..., 0]
+        labelled_BJ = batch["label_kinds"] > 0
+        totals += (-picked_BJ[labelled_BJ].sum(), labelled_BJ.sum())
+    assert lines[-1]["validation_loss"] == pytest.approx(totals[0] / totals[1], rel=1e-5)
+    assert {name.removeprefix("validation_") for name in lines[-1]} == {
+        "step",
+        "loss",
+        "language_loss",
+        "stream_loss",
+        "language_accuracy",
+        "stream_accuracy",
+    }
+
+
+def test_validation_changes_nothing_that_is_learnt(whole, tmp_path):
+    without = tiny_training.train(tmp_path, validate_every=0, keep_best=0)
+    assert metrics.read_validation(tmp_path) == []
+    assert metrics.read_metrics(tmp_path) == metrics.read_metrics(whole[0])
+    assert_bitwise(without.variables, whole[1].variables)
+
+
+def test_a_run_may_be_validated_and_kept_otherwise_when_it_is_resumed(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    again = tiny_training.train(tmp_path / "run", validate_every=4, keep_best=3)
+    assert_bitwise(again.variables, whole[1].variables)
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
+    tmp_path, monkeypatch
+):
+    def batches():
+        batch = tiny_training.batch(0)
+        batch["features"][0] = np.inf
+        yield batch
+
+    monkeypatch.setattr(tiny_training, "validation_batches", batches)
+    with pytest.raises(FloatingPointError, match=r"step 4: not finite: .*validation_loss = nan"):
+        tiny_training.train(tmp_path, validate_every=4)
+    assert [line["step"] for line in metrics.read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert not (tmp_path / "checkpoints" / "4").exists()
+
+
+def unlabelled():
+    batch = tiny_training.batch(0)
+    yield batch | {"label_kinds": np.zeros_like(batch["label_kinds"])}
+
+
+@pytest.mark.parametrize(("batches", "count"), [(unlabelled, 1), (lambda: iter(()), 0)])
+def test_validation_data_without_labels_are_refused(batches, count, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_training, "validation_batches", batches)
+    with pytest.raises(UserError, match=rf"the validation data hold no label \({count} batches\)"):
+        tiny_training.train(tmp_path)
+
+
+def test_add_example():
+    parts = [{"loss": (6.0, 3.0)}, {"loss": (2.0, 1.0)}]
+    assert validation.add(parts) == {"loss": (8.0, 4.0)}
 
 
 def test_routers_and_adapters_are_trained_and_saved(whole):
@@ -151,10 +225,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, mo
     assert not (tmp_path / "checkpoints" / "4").exists()
 
 
+def test_validation_without_data_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_training, "validation_batches", None)
+    with pytest.raises(UserError, match=r"validate_every is 2, and there are no validation data"):
+        tiny_training.train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"steps": 0}, r"training\.steps is 0"),
+        ({"validate_every": -1}, r"training\.validate_every is -1; it must be at least 0"),
+        ({"validate_every": 3}, r"validate_every is 3 and .*every is 4; make one a multiple"),
+        ({"validate_every": 0}, r"keep_best is 1 and training\.validate_every is 0"),
         ({"sharding": "zero"}, "sharding is 'zero'; choose one of replicate, fsdp, fsdp_tensor"),
         ({"mesh": (3, 5, 1)}, r"mesh is \(3, 5, 1\)"),
         ({"mesh": (-1, -1, 1)}, "one size may be -1"),

@@ -16,6 +16,20 @@ def write(directory, done, steps):
     writer.close()
 
 
+def test_validation_has_lines_of_its_own(tmp_path):
+    writer = metrics.Writer(tmp_path, 0)
+    writer.write(2, {"loss": 0.5}, events={})
+    writer.write(2, {"validation_loss": 0.7}, events={})
+    writer.write(3, {"loss": 0.4}, events={})
+    writer.close()
+    assert metrics.read_metrics(tmp_path) == [{"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.4}]
+    assert metrics.read_validation(tmp_path) == [{"step": 2, "validation_loss": 0.7}]
+    # A run that goes on after update 2 has validated it.
+    metrics.Writer(tmp_path, 2).close()
+    assert metrics.read_metrics(tmp_path) == [{"step": 2, "loss": 0.5}]
+    assert metrics.read_validation(tmp_path) == [{"step": 2, "validation_loss": 0.7}]
+
+
 @pytest.mark.parametrize("done", [0, 5, 7])
 def test_resuming_leaves_the_file_of_an_uninterrupted_run(tmp_path, done):
     write(tmp_path / "whole", 0, range(1, 11))
@@ -45,6 +59,16 @@ def test_means_leave_out_what_was_not_observed():
 
 def test_running_mean_example():
     assert metrics.running_mean((4, 2, 6, 0), 2) == [4, 3, 4, 3]
+
+
+def test_the_curve_shows_validation(tmp_path):
+    write(tmp_path, 0, range(1, 9))
+    without = metrics.draw_loss_curve(tmp_path).read_bytes()
+    writer = metrics.Writer(tmp_path, 8)
+    # A validation may hold labels of one kind only.
+    writer.write(8, {"validation_loss": 0.7, "validation_stream_loss": 0.7}, events={})
+    writer.close()
+    assert metrics.draw_loss_curve(tmp_path).read_bytes() != without
 
 
 def test_the_curve_is_a_picture(tmp_path):

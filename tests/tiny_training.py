@@ -69,7 +69,9 @@ def training_config(**changes) -> loop.TrainingConfig:
         "mesh": (-1, 1, 1),
         "log_every": 1,
         "checkpoint_every": 4,
+        "validate_every": 2,
         "keep_checkpoints": 2,
+        "keep_best": 1,
         "optimizer": OPTIMIZER,
     }
     return loop.TrainingConfig(**(values | changes))
@@ -111,6 +113,13 @@ def batches_from(start: int, kill_at: int = -1, after: Path = Path()) -> Iterato
         index += 1
 
 
+def validation_batches() -> Iterator[dict]:
+    """Two batches that no update sees; of the second, one row is filling."""
+    whole, filled = batch(1000), batch(1001)
+    filled["label_kinds"][-1] = 0
+    yield from (whole, filled)
+
+
 def variables(config: VideoLLMConfig, scan: bool = False):
     """Random weights: all of them matter, and nothing is compiled."""
     model = VideoLLM(config, scan=False)
@@ -139,6 +148,7 @@ def train(workdir, kill_at: int = -1, rank: int = 2, profile_steps: int = 0, **c
         tokenizer=TOKENIZER,
         system="watch",
         batches_from=lambda start: batches_from(start, kill_at, Path(workdir) / "checkpoints/4"),
+        validation_batches=validation_batches,
         profile_steps=profile_steps,
     )
 

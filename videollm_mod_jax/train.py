@@ -23,7 +23,7 @@ SIGTERM saves, ends with status 0 and says so; the same command continues there.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from rich.table import Table
 from videollm_mod_jax import cli
 from videollm_mod_jax.data import digits
 from videollm_mod_jax.data.config import DRAWN
-from videollm_mod_jax.data.pipeline import Examples
+from videollm_mod_jax.data.pipeline import Examples, evaluation_batches
 from videollm_mod_jax.data.sources import TRAIN, Sources, check_stored
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.encode import encode_split, fingerprint
@@ -51,12 +51,14 @@ from videollm_mod_jax.training.sharding import (
     abstract_variables,
     init_sharded,
 )
+from videollm_mod_jax.training.step import HostBatch
 from videollm_mod_jax.training.tower import TowerConfig, pretrain_tower
 
 TOWER = "tower"
 HELD_OUT = "held_out.mp4"
 EVALUATION = "evaluation.json"
 TRAINING_VIDEOS = "training_videos.json"
+VALIDATION = "validation"
 SAMPLES = "samples.jsonl"
 
 Report = dict[str, dict[str, float]]
@@ -104,6 +106,19 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, profile_steps:
         return examples_for(model, tower_name, sources, name, split, tokenizer, training)
 
     learnt = {name: examples(name, TRAIN, training=True) for name in sources.trained}
+    # They end early where training conversations would, and are never disturbed.
+    validated = [
+        examples(name, VALIDATION, training=True)
+        for name in sources.trained
+        if experiment.training.validate_every and VALIDATION in sources.dataset(name).splits
+    ]
+
+    def validation_batches() -> Iterator[HostBatch]:
+        # What a device works on at once in training, so that it fits.
+        size = experiment.data.batch_size // experiment.training.microbatches
+        for held in validated:
+            yield from evaluation_batches(held, size, jax.process_index(), jax.process_count())
+
     judged = experiment.evaluation.around_training
     split = experiment.evaluation.benchmarks.get(judged)
     held_out = examples(judged, split) if judged else None
@@ -136,6 +151,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, profile_steps:
         batches_from=lambda start: sources.training_batches(
             learnt, start, jax.process_index(), jax.process_count()
         ),
+        validation_batches=validation_batches if validated else None,
         profile_steps=profile_steps,
     )
 

@@ -8,7 +8,8 @@
     DIR/conversion/               the small files beside its sources; a run that starts from a
                                   converted model has both too
     DIR/weights/                  variables that no update changes, written once
-    DIR/checkpoints/<step>/       trained/ optimizer/ meta/, the newest few
+    DIR/checkpoints/<step>/       trained/ optimizer/ meta/ metrics/, the newest few and those of
+                                  the lowest validation loss
 
 Layers lie on disk one by one (`decoder/layer_0`, ...), whatever layer plan, mesh or number of
 processes wrote them, and are stacked again on the way in. Everything but json goes through Orbax,
@@ -29,18 +30,16 @@ from videollm_mod_jax.data import files
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM, VideoLLMConfig, full_computation
+from videollm_mod_jax.training.checkpointer import CHECKPOINTS, Checkpointer, damaged
 from videollm_mod_jax.training.optimizer import Variables, merge_variables
 from videollm_mod_jax.training.sharding import Layout, abstract_variables
-from videollm_mod_jax.training.state import TrainState
 
-FORMAT = 1
 MODEL_FILE = "model.json"
 DIALOGUE_FILE = "dialogue.json"
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "conversion.json"
 COMPANIONS = "conversion"
 WEIGHTS = "weights"
-CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,36 +85,85 @@ def save_model(
     write_weights(directory, variables)
 
 
-def load_model(directory: str | os.PathLike[str], layout: Layout | None = None) -> LoadedModel:
+def load_model(
+    directory: str | os.PathLike[str], layout: Layout | None = None, *, step: int | None = None
+) -> LoadedModel:
     """Loads a model from the directory of a training run or of `save_model`.
 
-    A run's trained variables come from its newest complete checkpoint. Arrays have the dtype that
-    `model.json` says.
+    Arrays have the dtype that `model.json` says.
 
     Args:
       directory: of the model.
       layout: how to lay the variables on a mesh; None puts them on the first device.
+      step: the checkpoint of a run whose trained variables to take, such as `best_step(directory)`;
+        None takes the newest.
 
     Raises:
-      UserError: the directory is missing, holds no model, is damaged, or its weights are not
-        those of the model that `model.json` describes.
+      UserError: the directory is missing, holds no model or no such checkpoint, is damaged, or its
+        weights are not those of the model that `model.json` describes.
     """
     directory = Path(directory)
     config = read_model_config(directory)
     tokenizer = Tokenizer.load(directory) if config.decoder else None
     system = read_json(directory / DIALOGUE_FILE)["system"]
     expected = abstract_variables(VideoLLM(config), layout)
-    parts = [directory / WEIGHTS]
-    if (directory / CHECKPOINTS).exists():
-        with Checkpointer(directory, keep=None) as checkpointer:
-            if (step := checkpointer.latest_step()) is not None:
-                parts.append(directory / CHECKPOINTS / str(step) / "trained")
+    parts = stored_parts(directory, step)
     stored = [_stored_tree(part) for part in parts]
     _check_same(directory, expected, stored)
     loaded: Variables = {}
     for part, tree in zip(parts, stored, strict=True):
         loaded = merge_variables(loaded, _restore(part, _like(tree, expected)))
     return LoadedModel(config, loaded, tokenizer, system)
+
+
+def stored_parts(directory: Path, step: int | None = None) -> list[Path]:
+    """The Orbax directories that together hold the variables of a model, each some of them.
+
+    ```
+    of a run, the newest, 400    ->   DIR/weights, DIR/checkpoints/400/trained
+    of `save_model`              ->   DIR/weights
+    ```
+
+    Args:
+      directory: of the model.
+      step: which checkpoint of a run; None takes the newest.
+
+    Raises:
+      UserError: there is no checkpoint `step`.
+    """
+    steps = checkpoint_steps(directory)
+    if step is None:
+        step = max(steps, default=None)
+    elif step not in steps:
+        there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+        raise UserError(f"{directory} has no checkpoint of update {step}; {there}")
+    weights = directory / WEIGHTS
+    return [weights] if step is None else [weights, directory / CHECKPOINTS / str(step) / "trained"]
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """The updates whose complete checkpoints a model's directory holds, in order."""
+    if not (directory / CHECKPOINTS).exists():
+        return []
+    with Checkpointer(directory, keep=None) as checkpointer:
+        return checkpointer.steps()
+
+
+def best_step(directory: str | os.PathLike[str]) -> int:
+    """The update of a run's kept checkpoint with the lowest validation loss; of equals, the newest.
+
+    Raises:
+      UserError: no checkpoint has a validation loss.
+    """
+    directory = Path(directory)
+    if (directory / CHECKPOINTS).exists():
+        with Checkpointer(directory, keep=None) as checkpointer:
+            if (step := checkpointer.best_step()) is not None:
+                return step
+    raise UserError(
+        f"{directory} has no checkpoint with a validation loss, so that none is the best; take the "
+        "newest, or train with training.validate_every"
+    )
 
 
 def load_tower(directory: str | os.PathLike[str]) -> Variables:
@@ -147,7 +195,7 @@ def load_tower(directory: str | os.PathLike[str]) -> Variables:
         with ocp.PyTreeCheckpointer() as checkpointer:
             return checkpointer.restore(path.absolute(), args=args)["params"]["vision"]
     except (ValueError, KeyError, OSError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def write_description(
@@ -193,78 +241,6 @@ def read_weights(directory: Path, target: Variables) -> Variables:
     return _restore(path, target)
 
 
-class Checkpointer:
-    """The `checkpoints/` of a run; a context manager, since saving is asynchronous.
-
-    States go in and out with their layers unstacked.
-    """
-
-    def __init__(self, directory: Path, *, keep: int | None):
-        """Opens the checkpoints of a run.
-
-        Args:
-          directory: of the run.
-          keep: how many of the newest to keep, or None to open for reading only.
-        """
-        self._path = (directory / CHECKPOINTS).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=keep is None)
-        self._manager = ocp.CheckpointManager(self._path, options=options)
-
-    def __enter__(self) -> "Checkpointer":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        # Waits for a save in flight, also when the run failed.
-        self._manager.close()
-
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint; None when there is none."""
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: TrainState) -> None:
-        """Starts saving the state after update `step`; returns when it may be donated."""
-        optimizer = {"opt_state": state.opt_state, "rng": state.rng}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                trained=ocp.args.StandardSave(state.trained),
-                optimizer=ocp.args.StandardSave(optimizer),
-                # One batch per update: the step is the data position as well.
-                meta=ocp.args.JsonSave({"format": FORMAT, "step": step, "batches": step}),
-            ),
-            force=True,
-        )
-
-    def restore(self, step: int, target: TrainState) -> TrainState:
-        """Restores a state exactly, into the shapes, dtypes and shardings of `target`.
-
-        Raises:
-          UserError: the checkpoint is damaged, of another format, or not the state of `target`.
-        """
-        path = self._path / str(step)
-        args = {
-            "trained": ocp.args.StandardRestore(target.trained),
-            "optimizer": ocp.args.StandardRestore(
-                {"opt_state": target.opt_state, "rng": target.rng}
-            ),
-            "meta": ocp.args.JsonRestore(),
-        }
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        except (ValueError, KeyError, OSError) as error:
-            raise _damaged(path, error) from error
-        if restored.meta.get("format") != FORMAT or restored.meta.get("step") != step:
-            raise UserError(
-                f"{path}/meta is {restored.meta}; expected format {FORMAT} and step {step}; it "
-                "was written by another version: load it with that version"
-            )
-        return target.replace(
-            step=jax.numpy.asarray(step, jax.numpy.int32),
-            trained=restored.trained,
-            **restored.optimizer,
-        )
-
-
 def write_json(path: Path, value: Any) -> None:
     """Writes a json file; the directory is made if missing."""
     with files.written_aside(path) as aside:
@@ -293,9 +269,9 @@ def _stored_tree(path: Path) -> Variables:
         with ocp.StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path.absolute()).item_metadata
     except (ValueError, KeyError, OSError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     if metadata is None:
-        raise _damaged(path, ValueError("no metadata"))
+        raise damaged(path, ValueError("no metadata"))
     return metadata.tree
 
 
@@ -304,18 +280,7 @@ def _restore(path: Path, target: Variables) -> Variables:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path.absolute(), target)
     except (ValueError, KeyError, OSError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    first_line = str(error).strip().partition("\n")[0]
-    remedy = "train or convert the model again"
-    if CHECKPOINTS in path.parts:
-        remedy = "delete this checkpoint to go on from the one before it"
-    return UserError(
-        f"{path} cannot be read and is probably damaged ({type(error).__name__}: {first_line}); "
-        f"restore it from a copy, or {remedy}"
-    )
+        raise damaged(path, error) from error
 
 
 def _check_same(directory: Path, expected: Variables, stored: list[Variables]) -> None:

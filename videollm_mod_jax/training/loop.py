@@ -11,8 +11,10 @@ from videollm_mod_jax.models import VideoLLMConfig
 from videollm_mod_jax.training import checkpoint, distributed, metrics
 from videollm_mod_jax.training.checkpoint import LoadedModel
 from videollm_mod_jax.training.optimizer import Variables
-from videollm_mod_jax.training.run import HostBatch, Run, TrainingConfig
+from videollm_mod_jax.training.run import Run, TrainingConfig
 from videollm_mod_jax.training.sharding import Layout
+from videollm_mod_jax.training.step import HostBatch
+from videollm_mod_jax.training.validation import ValidationBatches
 
 MAY_CHANGE = (
     "evaluation",
@@ -26,7 +28,9 @@ MAY_CHANGE = (
             "mesh",
             "log_every",
             "checkpoint_every",
+            "validate_every",
             "keep_checkpoints",
+            "keep_best",
         )
     ),
 )
@@ -43,6 +47,7 @@ def train(
     tokenizer: Tokenizer,
     system: str,
     batches_from: Callable[[int], Iterator[HostBatch]],
+    validation_batches: ValidationBatches | None = None,
     profile_steps: int = 0,
 ) -> LoadedModel:
     """Trains a model to the end, from the beginning or from where `workdir` stopped.
@@ -62,6 +67,8 @@ def train(
       system: the instruction that opens every conversation, saved with the model.
       batches_from: `batches_from(n)` iterates over the batches from the n-th on; each is a dict of
         this process's examples, stacked (`step.Batch` names the keys). One is used per update.
+      validation_batches: what the loss is measured on every `config.validate_every` updates; None
+        if that is 0.
       profile_steps: how many updates to trace into `profile/` of the workdir, once warm.
 
     Returns:
@@ -74,11 +81,17 @@ def train(
       FloatingPointError: a loss or gradient is not finite; the step is named.
     """
     workdir = Path(workdir)
+    if config.validate_every and validation_batches is None:
+        raise UserError(
+            f"training.validate_every is {config.validate_every}, and there are no validation "
+            "data; set it to 0"
+        )
     run = Run.build(config, model_config)
     claim_workdir(workdir, run_config)
     if distributed.is_lead():
         checkpoint.write_description(workdir, model_config, tokenizer, system)
-    with checkpoint.Checkpointer(workdir, keep=config.keep_checkpoints) as checkpointer:
+    keep, keep_best = config.keep_checkpoints, config.keep_best
+    with checkpoint.Checkpointer(workdir, keep=keep, keep_best=keep_best) as checkpointer:
         # 1. The newest complete checkpoint of the workdir, with the frozen weights beside it.
         # 2. What the caller starts from: a loaded model, a pretrained tower, random weights.
         # A run killed before its first checkpoint is case 2 and writes its frozen weights again;
@@ -89,7 +102,16 @@ def train(
         else:
             state, frozen = run.start(workdir, initial_variables(run.layout))
         if step < config.steps:
-            run.advance(state, frozen, step, batches_from, workdir, checkpointer, profile_steps)
+            run.advance(
+                state,
+                frozen,
+                step,
+                batches_from,
+                validation_batches,
+                workdir,
+                checkpointer,
+                profile_steps,
+            )
     if distributed.is_lead():
         metrics.draw_loss_curve(workdir)
     return checkpoint.load_model(workdir, distributed.own_layout(config.sharding, config.mesh))

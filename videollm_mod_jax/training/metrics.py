@@ -21,6 +21,8 @@ from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.losses import Sums
 
 METRICS_FILE = "metrics.jsonl"
+VALIDATION = "validation_"
+"""Begins the names of what was validated, in lines of their own."""
 CURVE_FILE = "loss.png"
 PROFILE = "profile"
 
@@ -43,6 +45,11 @@ def check_finite(step: int, values: Mapping[str, float]) -> None:
 
 class Writer:
     """Appends metrics to `metrics.jsonl` and to a TensorBoard event file of a run's directory.
+
+    ```
+    {"step": 200, "loss": 1.31, "language_loss": 1.62, ..., "learning_rate": 0.0002}
+    {"step": 200, "validation_loss": 1.35, "validation_language_loss": 1.7, ...}
+    ```
 
     The jsonl file holds nothing that depends on the clock, so that a run that was killed and
     resumed leaves the very file of an uninterrupted one.
@@ -127,6 +134,21 @@ class Log:
             self._write(*self._waiting)
         self._waiting = None
 
+    def validated(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes what was validated after update `step`, which `catch_up` has written.
+
+        Raises:
+          FloatingPointError: a value is not finite.
+        """
+        values = {f"{VALIDATION}{name}": value for name, value in values.items()}
+        check_finite(step, values)
+        if self._writer:
+            self._writer.write(step, values, events={})
+        loss = values[f"{VALIDATION}loss"]
+        self._console.print(
+            f"step {step} of {self._steps}: validation loss {loss:.3f}", highlight=False
+        )
+
     def _write(self, step: int, sums: Sums) -> None:
         values = means(jax.device_get(sums))
         check_finite(step, values)
@@ -184,7 +206,16 @@ class Profile:
 
 
 def read_metrics(directory: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The lines of a run's `metrics.jsonl`, in the order of their steps."""
+    """The lines of a run's `metrics.jsonl` that updates left, in the order of their steps."""
+    return [line for line in _read_lines(directory) if f"{VALIDATION}loss" not in line]
+
+
+def read_validation(directory: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The lines of a run's `metrics.jsonl` that validations left, in the order of their steps."""
+    return [line for line in _read_lines(directory) if f"{VALIDATION}loss" in line]
+
+
+def _read_lines(directory: str | os.PathLike[str]) -> list[dict[str, float]]:
     lines = (Path(directory) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -192,8 +223,8 @@ def read_metrics(directory: str | os.PathLike[str]) -> list[dict[str, float]]:
 def draw_loss_curve(directory: str | os.PathLike[str]) -> Path:
     """Draws language and streaming loss over steps from `metrics.jsonl` to `loss.png`.
 
-    Raw values are faint, their running mean over a twentieth of the run is bold; the loss axis is
-    logarithmic.
+    Raw values are faint, their running mean over a twentieth of the run is bold, and validations
+    are dots on a dashed line; the loss axis is logarithmic.
 
     Returns:
       The path of the picture.
@@ -201,7 +232,7 @@ def draw_loss_curve(directory: str | os.PathLike[str]) -> Path:
     # Imported here: matplotlib takes a second, and most verbs draw nothing.
     from matplotlib.figure import Figure
 
-    lines = read_metrics(directory)
+    lines, validation = read_metrics(directory), read_validation(directory)
     # A Figure without pyplot keeps no global state and needs no display.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -212,6 +243,14 @@ def draw_loss_curve(directory: str | os.PathLike[str]) -> Path:
             (raw,) = axes.plot(steps, values, alpha=0.25, linewidth=1)
             smooth = running_mean(values, window=max(1, len(values) // 20))
             axes.plot(steps, smooth, color=raw.get_color(), linewidth=2, label=label)
+            dots = [
+                (line["step"], line[VALIDATION + name])
+                for line in validation
+                if VALIDATION + name in line
+            ]
+            if dots:
+                style = {"color": raw.get_color(), "linestyle": "--", "marker": "o", "linewidth": 1}
+                axes.plot(*zip(*dots, strict=True), **style, label=f"{label}, validation")
     axes.set(xlabel="update", ylabel="cross-entropy (nats per label)", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from videollm_mod_jax.errors import UserError
@@ -27,9 +26,15 @@ from videollm_mod_jax.training.optimizer import (
 )
 from videollm_mod_jax.training.sharding import Layout, make_layout
 from videollm_mod_jax.training.state import TrainState, create_state
-from videollm_mod_jax.training.step import BATCH_KEYS, TrainStep, make_train_step
-
-HostBatch = Mapping[str, np.ndarray]
+from videollm_mod_jax.training.step import (
+    BATCH_KEYS,
+    HostBatch,
+    TrainStep,
+    ValidationStep,
+    make_train_step,
+    make_validation_step,
+)
+from videollm_mod_jax.training.validation import ValidationBatches, validate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,12 @@ class TrainingConfig:
       mesh: devices along data, fsdp and tensor; one may be -1, "the rest".
       log_every: updates between lines of `metrics.jsonl`.
       checkpoint_every: updates between checkpoints; the last update is always saved.
+      validate_every: updates between validations; 0 for none, otherwise the last update is always
+        validated. A multiple or a divisor of `checkpoint_every`: a checkpoint of an update that is
+        validated has the loss of its weights, another has none.
       keep_checkpoints: how many of the newest checkpoints to keep.
+      keep_best: how many of the checkpoints with the lowest validation loss to keep as well, be
+        they among the newest or not.
       optimizer: AdamW and its schedule.
     """
 
@@ -63,7 +73,9 @@ class TrainingConfig:
     mesh: tuple[int, int, int]
     log_every: int
     checkpoint_every: int
+    validate_every: int
     keep_checkpoints: int
+    keep_best: int
     optimizer: OptimizerConfig
 
     def __post_init__(self):
@@ -72,6 +84,24 @@ class TrainingConfig:
                 raise UserError(
                     f"training.{field} is {getattr(self, field)}; it must be at least 1"
                 )
+        for field in ("validate_every", "keep_best"):
+            if getattr(self, field) < 0:
+                raise UserError(
+                    f"training.{field} is {getattr(self, field)}; it must be at least 0"
+                )
+        shorter, longer = sorted((self.validate_every, self.checkpoint_every))
+        if shorter and longer % shorter:
+            raise UserError(
+                f"training.validate_every is {self.validate_every} and training.checkpoint_every "
+                f"is {self.checkpoint_every}; make one a multiple of the other, so that what is "
+                "validated is also saved"
+            )
+        if self.keep_best and not self.validate_every:
+            raise UserError(
+                f"training.keep_best is {self.keep_best} and training.validate_every is 0; the "
+                "best checkpoints are those of the lowest validation loss: set validate_every, or "
+                "keep_best to 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +114,7 @@ class Run:
       plan: the decoder's layer plan.
       optimizer: of the trained variables.
       train_step: jitted.
+      validation_step: jitted.
       target: abstract (state, frozen) as the step takes them: layers stacked if `config.scan`.
       stored: the same as they lie on disk: one entry per layer.
     """
@@ -93,6 +124,7 @@ class Run:
     plan: Any
     optimizer: optax.GradientTransformation
     train_step: TrainStep
+    validation_step: ValidationStep
     target: tuple[TrainState, Variables]
     stored: tuple[TrainState, Variables]
 
@@ -118,6 +150,7 @@ class Run:
             stream_weight=config.stream_weight,
             microbatches=config.microbatches,
         )
+        validation_step = make_validation_step(model, stream_weight=config.stream_weight)
 
         def abstract(scan: bool) -> tuple[TrainState, Variables]:
             model = VideoLLM(model_config, scan=scan)
@@ -131,6 +164,7 @@ class Run:
             plan=config_plan(model_config),
             optimizer=optimizer,
             train_step=jax.jit(train_step, donate_argnums=0, out_shardings=out),
+            validation_step=jax.jit(validation_step, out_shardings=layout.replicated),
             target=target,
             stored=abstract(False),
         )
@@ -176,11 +210,12 @@ class Run:
         frozen: Variables,
         done: int,
         batches_from: Callable[[int], Iterator[HostBatch]],
+        validation_batches: ValidationBatches | None,
         workdir: Path,
         checkpointer: checkpoint.Checkpointer,
         profile_steps: int,
     ) -> None:
-        """Runs the updates after `done`, logging and saving on the way and at the end.
+        """Runs the updates after `done`, validating, logging and saving on the way and at the end.
 
         Raises:
           Stopped: SIGTERM came; the last update was saved.
@@ -204,15 +239,33 @@ class Run:
                 # This step's metrics are fetched when the next step keeps the device busy.
                 log.record(step, sums)
                 stop = stop_signal.reached(step)
-                if stop or step % config.checkpoint_every == 0 or step == config.steps:
+                validates = self._is_due(step, config.validate_every)
+                saves = stop or self._is_due(step, config.checkpoint_every)
+                if validates or saves:
                     # Lines go to disk before the checkpoint: a resumed run does not write them.
                     log.catch_up()
-                    checkpointer.save(step, self._unstack(state))
+                loss = None
+                if validates:
+                    means = validate(
+                        self.validation_step,
+                        self.layout,
+                        state.trained,
+                        frozen,
+                        validation_batches(),
+                    )
+                    log.validated(step, means)
+                    loss = means["loss"]
+                if saves:
+                    checkpointer.save(step, self._unstack(state), loss)
                 if stop and step < config.steps:
                     raise distributed.Stopped(
                         f"stopped after update {step} of {config.steps}, which is saved in "
                         f"{workdir}; the same command continues there"
                     )
+
+    def _is_due(self, step: int, every: int) -> bool:
+        """Whether what happens every so many updates, and after the last, happens after `step`."""
+        return every > 0 and (step % every == 0 or step == self.config.steps)
 
     def _put(self, batch: HostBatch | None, step: int) -> dict[str, jax.Array]:
         if batch is None:

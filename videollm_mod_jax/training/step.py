@@ -1,4 +1,4 @@
-"""One update, as a pure function.
+"""One update, and the loss of one batch without it, as pure functions.
 
 Shapes: B batch, S tokens, F frames, J labelled positions, A microbatches.
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from videollm_mod_jax.models import VideoLLM
@@ -19,7 +20,11 @@ BATCH_KEYS = ("tokens", "frame_starts", "features", "label_positions", "labels",
 Batch = Mapping[str, jax.Array]
 """The arrays of `BATCH_KEYS`: BS, BF, BFNW, BJ, BJ, BJ."""
 
+HostBatch = Mapping[str, np.ndarray]
+"""One process's rows of a `Batch`, before they are on its devices."""
+
 TrainStep = Callable[[TrainState, Variables, Batch], tuple[TrainState, Sums]]
+ValidationStep = Callable[[Variables, Variables, Batch], Sums]
 
 
 def make_train_step(
@@ -51,17 +56,8 @@ def make_train_step(
     def loss(
         trained: Variables, frozen: Variables, batch: Batch, dropout_key: jax.Array
     ) -> tuple[jax.Array, Sums]:
-        output = model.apply(
-            merge_variables(trained, frozen),
-            batch["tokens"],
-            batch["features"],
-            batch["frame_starts"],
-            batch["label_positions"],
-            rngs={"dropout": dropout_key},
-        )
-        sums = streaming_loss(
-            output.logits_BJV, batch["labels"], batch["label_kinds"], stream_weight
-        )
+        variables = merge_variables(trained, frozen)
+        sums = _batch_loss(model, variables, batch, stream_weight, {"dropout": dropout_key})
         return sums["loss"][0], sums
 
     def train_step(state: TrainState, frozen: Variables, batch: Batch) -> tuple[TrainState, Sums]:
@@ -98,6 +94,42 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def make_validation_step(model: VideoLLM, *, stream_weight: float) -> ValidationStep:
+    """Builds `(trained, frozen, batch) -> sums`: the objective of `make_train_step`, no dropout.
+
+    Args:
+      model: as in `make_train_step`.
+      stream_weight: sigma of the streaming loss.
+
+    Returns:
+      A function to jit. Its sums are those of `streaming_loss`: add them up over batches, then
+      divide once.
+    """
+
+    def validation_step(trained: Variables, frozen: Variables, batch: Batch) -> Sums:
+        return _batch_loss(model, merge_variables(trained, frozen), batch, stream_weight, {})
+
+    return validation_step
+
+
+def _batch_loss(
+    model: VideoLLM,
+    variables: Variables,
+    batch: Batch,
+    stream_weight: float,
+    rngs: Mapping[str, jax.Array],
+) -> Sums:
+    output = model.apply(
+        variables,
+        batch["tokens"],
+        batch["features"],
+        batch["frame_starts"],
+        batch["label_positions"],
+        rngs=rngs,
+    )
+    return streaming_loss(output.logits_BJV, batch["labels"], batch["label_kinds"], stream_weight)
 
 
 def split_batch(batch: Batch, microbatches: int) -> Batch:

@@ -20,6 +20,7 @@ from videollm_mod_jax.data import digits
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.config import VisionConfig
 from videollm_mod_jax.models.vision import VisionTower, preprocess
+from videollm_mod_jax.training import distributed
 
 CLASSES = digits.BACKGROUND + 1
 UNKNOWN = -1
@@ -138,7 +139,8 @@ def pretrain_tower(vision: VisionConfig, config: TowerConfig) -> PretrainedTower
         changes, opt_state = optimizer.update(gradients, opt_state, variables)
         return optax.apply_updates(variables, changes), opt_state
 
-    for step in progress.track(range(config.steps), "Pretraining the vision tower"):
+    hidden = not distributed.is_lead()
+    for step in progress.track(range(config.steps), "Pretraining the vision tower", disable=hidden):
         chosen = rng.integers(0, len(images), used)
         step_key = jax.random.fold_in(key, step)
         variables, opt_state = update(
