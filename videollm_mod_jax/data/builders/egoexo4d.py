@@ -101,7 +101,7 @@ One annotation is one segment.
 - "duplicate id": a take that comes a second time, also in the other file.
 - "unordered times", "outside the video": a segment that ends before it begins, or begins after the
   features end.
-- Fields that are missing, mistyped or empty.
+- Fields that are missing, mistyped, empty or not Unicode.
 """
 
 
