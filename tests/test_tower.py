@@ -11,7 +11,7 @@ import pytest
 
 from videollm_mod_jax.data import digits
 from videollm_mod_jax.data.features import FeatureSource
-from videollm_mod_jax.encode import encode_split, encode_videos, fingerprint
+from videollm_mod_jax.encode import encode_split, fingerprint
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import NO_LORA, VideoLLMConfig, full_computation
 from videollm_mod_jax.models.presets import decoder_preset, vision_preset
@@ -89,21 +89,6 @@ def test_pretraining_refuses_what_it_cannot_label():
         pretrain_tower(dataclasses.replace(CONFIG.vision, pool=(2, 2)), config)
     with pytest.raises(UserError, match=r"tower.steps is 0"):
         dataclasses.replace(config, steps=0)
-
-
-def test_batches_run_across_videos_as_drawn():
-    letters = {"a": 3, "b": 5, "c": 1}
-    videos = [(name, np.full((count, 1), ord(name))) for name, count in letters.items()]
-    batches = []
-
-    def encode(frames):
-        batches.append("".join(chr(frame[0]) for frame in frames))
-        return frames * 2
-
-    encoded = list(encode_videos(encode, videos, batch_size=4))
-    assert batches == ["aaab", "bbbb", "cccc"]
-    assert [(name, len(features)) for name, features in encoded] == list(letters.items())
-    assert all((features == 2 * ord(name)).all() for name, features in encoded)
 
 
 def record(name, frames, fps=2.0):

@@ -1,21 +1,27 @@
-"""Encodes the frames of a dataset once, so that training never runs the vision tower.
+"""Encodes the frames of videos once, so that training never runs the vision tower.
+
+    python -m videollm_mod_jax.encode --checkpoint MODEL --videos videos --out features
+
+encodes every video and image below a directory at `--fps` frames per second; a video is named by
+its path below it, without the ending. Other processes decode while the accelerator encodes.
+`features.partial` becomes `features` when all is done: a run that was killed continues with the
+same command, several processes share the videos, and the files are the same either way. A video
+that cannot be read is skipped, listed at the end, and makes the exit status 1.
 
     python -m videollm_mod_jax.encode --checkpoint runs/digits --dataset digits_stream \
         --split test --out features/test
 
-The dataset is one that TFDS finds by name below `--data-dir`, with `id`, `frames` and `fps` in its
-records; its features go, in the same order, to a directory that must not exist yet.
+encodes a dataset that TFDS finds by name below `--data-dir`, with `id`, `frames` and `fps` in its
+records.
 """
 
 import argparse
-import dataclasses
-import hashlib
-import itertools
-import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +31,122 @@ import tensorflow_datasets as tfds
 from rich import progress
 
 from videollm_mod_jax import cli
-from videollm_mod_jax.data.features import FeatureMeta, FeatureSource, FeatureWriter
+from videollm_mod_jax.data.decoding import decode_shards
+from videollm_mod_jax.data.encoding_plan import PLAN, EncodingPlan, sources_of
+from videollm_mod_jax.data.feature_shards import (
+    BYTES_PER_NUMBER,
+    FeatureMeta,
+    join_shards,
+    shard_name,
+)
+from videollm_mod_jax.data.features import FeatureSource
+from videollm_mod_jax.data.frame_batches import Batch, batched
+from videollm_mod_jax.data.video_folder import about_frames, divide, find_videos
+from videollm_mod_jax.encoding import EncodingBar, fingerprint, frame_encoder, write_shards
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.config import VideoLLMConfig
-from videollm_mod_jax.models.vision import VisionTower, preprocess
 from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.checkpoint import load_tower, read_model_config
 
 BATCH_SIZE = 128
+# More processes than this are more than one accelerator's host can use.
+MOST_WORKERS = 32
+RESUMABLE = "interrupted; the same command continues where it stopped"
+
+
+def encode_folder(
+    config: VideoLLMConfig,
+    tower_params: Mapping[str, Any],
+    videos: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    fps: float,
+    workers: int,
+    batch_size: int = BATCH_SIZE,
+) -> FeatureSource:
+    """Writes the frame tokens of all videos below a directory to a feature store.
+
+    Several processes call it together: each encodes its share of the shards, and the first joins
+    their index. What an earlier call has encoded is kept, if it was of the same videos.
+
+    Args:
+      config: of the model that will read the features.
+      tower_params: of its vision tower (`variables['params']['vision']`).
+      videos: the directory; `find_videos` says which of its files are videos.
+      path: directory of the store; appears when it is complete. PATH.partial until then.
+      fps: frames per second, as `read_video` samples them.
+      workers: processes that decode, for this process.
+      batch_size: frames per call of the tower, on each device.
+
+    Returns:
+      The store; its `bad` names the videos that could not be read.
+
+    Raises:
+      UserError: no videos, `path` or PATH.partial is of other videos, another frame rate or tower,
+        features that float16 cannot hold, or a process that decodes dies.
+    """
+    if not (math.isfinite(fps) and fps > 0):
+        raise UserError(f"fps is {fps}; expected more than 0")
+    if workers < 1:
+        raise UserError(f"workers is {workers}; expected 1 or more")
+    videos, path = Path(videos), Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    meta = _meta(config, tower_params, fps)
+    with distributed.lead_first("planned") as lead:
+        if lead:
+            _plan(videos, meta, path, partial)
+    if not path.exists():
+        plan = EncodingPlan.read(partial)
+        _encode_shards(config, tower_params, plan, videos, partial, workers, batch_size)
+        _finish(partial, path, meta, len(plan.shards))
+    return FeatureSource(path)
+
+
+def _plan(videos: Path, meta: FeatureMeta, path: Path, partial: Path) -> None:
+    """Sees to it that there is a plan, that it is the one for this folder, and nothing else."""
+    found = find_videos(videos)
+    sources = sources_of(found, videos)
+    begun = path if path.exists() else partial
+    if path.exists() or (partial / PLAN).exists():
+        EncodingPlan.read(begun).check(meta, sources, begun)
+    else:
+        with ThreadPoolExecutor() as threads:
+            lengths = threads.map(lambda file: about_frames(file, meta.fps), found.values())
+            frames = list(progress.track(lengths, "Looking at videos", len(found)))
+        shards = divide(frames, _frame_bytes(meta))
+        EncodingPlan(meta, sources, shards).write(partial)
+    # What an encoding that was killed left behind.
+    for aside in partial.glob(".*.partial*"):
+        aside.unlink()
+
+
+def _encode_shards(
+    config: VideoLLMConfig,
+    tower_params: Mapping[str, Any],
+    plan: EncodingPlan,
+    videos: Path,
+    directory: Path,
+    workers: int,
+    batch_size: int,
+) -> None:
+    """Encodes those shards of this process that are not there yet."""
+    count = len(plan.shards)
+    own = range(count)[jax.process_index() :: jax.process_count()]
+    missing = [shard for shard in own if not (directory / shard_name(shard, count)).exists()]
+    of_shards = {shard: plan.names(shard) for shard in own}
+    done = sum(len(names) for shard, names in of_shards.items() if shard not in missing)
+    decoded = decode_shards(
+        {
+            shard: [(name, videos / plan.sources[name][0]) for name in of_shards[shard]]
+            for shard in missing
+        },
+        plan.meta.fps,
+        plan.meta.resolution,
+        batch_size * jax.local_device_count(),
+        workers,
+    )
+    encode = frame_encoder(config, tower_params)
+    with EncodingBar(sum(map(len, of_shards.values())), done) as bar:
+        write_shards(encode, decoded, directory, plan.meta, count, bar)
 
 
 def encode_split(
@@ -44,152 +158,146 @@ def encode_split(
 ) -> None:
     """Writes the frame tokens of all records to a feature store, with a progress bar.
 
-    Several processes call it together: each encodes its share, and the first joins them.
+    Several processes call it together: each encodes its share, and the first joins their index.
 
     Args:
       config: of the model that will read the features.
       tower_params: of its vision tower (`variables['params']['vision']`).
       records: with `id`, `fps` and `frames`, uint8 [F, A, A] or [F, A, A, 3], letterboxed.
       path: directory of the store; appears when it is complete.
-      batch_size: frames per call of the tower.
+      batch_size: frames per call of the tower, on each device.
 
     Raises:
       UserError: `path` exists, there are no records, or a record has no frames, frames that are
         not square uint8 images, or another frame rate or size than the first record.
     """
+    path = Path(path)
     if not len(records):
         raise UserError(f"{path}: there are no records to encode")
-    tower = VisionTower(config.vision, config.dtype, config.param_dtype)
-
-    @jax.jit
-    def encode(images_BAAC: jax.Array) -> jax.Array:
-        images_BAAC = preprocess(images_BAAC, config.vision)
-        return tower.apply({"params": tower_params}, images_BAAC).astype(np.float32)
-
-    path, process = Path(path), jax.process_index()
     if path.exists():
         raise UserError(f"{path}: exists already; remove it or write elsewhere")
-    share = range(len(records))[_share(len(records), process, jax.process_count())]
-    parts = [path.with_name(f".{path.name}.part{p}") for p in range(jax.process_count())]
-    meta = FeatureMeta(
+    partial = path.with_name(f"{path.name}.partial")
+    with distributed.lead_first("removed") as lead:
+        if lead:
+            # What an encoding that was killed left behind.
+            shutil.rmtree(partial, ignore_errors=True)
+    first = (float(records[0]["fps"]), np.shape(records[0]["frames"])[1:])
+    meta = _meta(config, tower_params, first[0])
+    frames = len(records[0]["frames"])
+    shards = divide([frames] * len(records), _frame_bytes(meta))
+    own = range(len(shards))[jax.process_index() :: jax.process_count()]
+
+    def batches() -> Iterator[tuple[int, Batch]]:
+        for shard in own:
+            videos = (_video(records[i], first) for i in shards[shard])
+            for batch in batched(videos, batch_size * jax.local_device_count(), first[1][0]):
+                yield shard, batch
+
+    try:
+        with EncodingBar(sum(len(shards[shard]) for shard in own)) as bar:
+            encode = frame_encoder(config, tower_params)
+            write_shards(encode, batches(), partial, meta, len(shards), bar)
+        _finish(partial, path, meta, len(shards))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _video(
+    record: Mapping[str, Any], first: tuple[float, tuple[int, ...]]
+) -> tuple[str, np.ndarray]:
+    """The id and the RGB frames of a record; grey frames get three equal channels."""
+    name, frames = record["id"], np.asarray(record["frames"])
+    name = name.decode() if isinstance(name, bytes) else name
+    if not len(frames):
+        raise UserError(f"{name}: expected at least one frame, found none")
+    kind = (float(record["fps"]), frames.shape[1:])
+    if kind != first:
+        raise UserError(
+            f"{name}: expected {first[0]} frames per second of shape {first[1]}, as the first "
+            f"video has, found {kind[0]} of {kind[1]}"
+        )
+    return name, np.repeat(frames[..., None], 3, axis=-1) if frames.ndim == 3 else frames
+
+
+def _meta(config: VideoLLMConfig, tower_params: Mapping[str, Any], fps: float) -> FeatureMeta:
+    return FeatureMeta(
         features_per_frame=config.vision.features_per_frame,
         width=config.vision.width,
-        fps=float(records[0]["fps"]),
+        fps=fps,
         resolution=config.vision.image_size,
         tower=fingerprint(config, tower_params),
     )
-    videos = _videos((records[i] for i in share), records[0])
-    encoded = encode_videos(encode, videos, batch_size)
-    alone = len(parts) == 1
-    # What an encoding that was killed left behind.
-    shutil.rmtree(parts[process], ignore_errors=True)
-    with FeatureWriter(path if alone else parts[process], meta) as writer, _progress() as bar:
-        for video_id, features_FNW in bar.track(encoded, total=len(share)):
-            writer.add(video_id, features_FNW)
-    if alone:
-        return
+
+
+def _frame_bytes(meta: FeatureMeta) -> int:
+    return meta.features_per_frame * meta.width * BYTES_PER_NUMBER
+
+
+def _finish(partial: Path, path: Path, meta: FeatureMeta, count: int) -> None:
+    """Joins the shards, once all processes have written theirs, and gives the store its name."""
     distributed.barrier("encoded")
-    if distributed.is_lead():
-        _join(parts, path, meta)
-    distributed.barrier("joined")
+    with distributed.lead_first("joined") as lead:
+        if lead:
+            join_shards(partial, meta, [shard_name(shard, count) for shard in range(count)])
+            os.rename(partial, path)
 
 
-def _share(count: int, process: int, processes: int) -> slice:
-    """Which of `count` records a process encodes: as many as any other or one more, in order.
-
-    ```
-    count 5, processes 2:   0 1 2 | 3 4
-    ```
-    """
-    each, rest = divmod(count, processes)
-    start = process * each + min(process, rest)
-    return slice(start, start + each + (process < rest))
-
-
-def _join(parts: Sequence[Path], path: Path, meta: FeatureMeta) -> None:
-    """Writes the records of several feature stores into one, and removes them."""
-    with FeatureWriter(path, meta) as writer:
-        for part in parts:
-            source = FeatureSource(part)
-            for name in source.videos.frames:
-                writer.add(name, source.read(name))
-    for part in parts:
-        shutil.rmtree(part)
-
-
-def encode_videos(
-    encode: Callable[[np.ndarray], jax.Array],
-    videos: Iterable[tuple[str, np.ndarray]],
-    batch_size: int,
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Encodes videos of any length in batches of one shape, which run across videos.
-
-    ```
-    videos   a a a b b b b b c      batch_size 4
-    batches  [a a a b] [b b b b] [c . . .]      . is padding
-    ```
-
-    Args:
-      encode: [batch_size, A, A, 3] uint8 to [batch_size, N, W].
-      videos: ids and frames [F, A, A, 3].
-      batch_size: of every call.
-
-    Yields:
-      Id and features [F, N, W] of each video, in order.
-    """
-    lengths: list[tuple[str, int]] = []
-
-    def frames() -> Iterator[np.ndarray]:
-        for video_id, frames_FAAC in videos:
-            lengths.append((video_id, len(frames_FAAC)))
-            yield from frames_FAAC
-
-    ready: list[np.ndarray] = []
-    stream = frames()
-    while batch := tuple(itertools.islice(stream, batch_size)):
-        padding = [batch[-1]] * (batch_size - len(batch))
-        ready.extend(np.asarray(encode(np.stack([*batch, *padding])))[: len(batch)])
-        while lengths and len(ready) >= lengths[0][1]:
-            video_id, length = lengths.pop(0)
-            yield video_id, np.stack(ready[:length])
-            del ready[:length]
-
-
-def fingerprint(config: VideoLLMConfig, tower_params: Mapping[str, Any]) -> str:
-    """Sixteen hex digits that change with the tower's architecture, number type or weights."""
-    vision = dataclasses.asdict(config.vision)
-    digest = hashlib.sha256(json.dumps([vision, config.dtype], sort_keys=True).encode())
-    for name, leaf in jax.tree.leaves_with_path(tower_params):
-        digest.update(jax.tree_util.keystr(name).encode())
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def main() -> None:
-    """Parses the flags and encodes one split."""
-    parser = argparse.ArgumentParser(
-        prog="python -m videollm_mod_jax.encode",
-        description="Encodes the frames of a dataset with the vision tower of a model.",
-    )
-    parser.add_argument("--checkpoint", required=True, help="directory of the model")
-    parser.add_argument("--dataset", required=True, help="TFDS name, such as digits_stream")
-    parser.add_argument("--split", required=True, help="such as train")
-    parser.add_argument("--out", required=True, help="directory of the features; must not exist")
-    parser.add_argument("--data-dir", help="where the dataset is (default: CHECKPOINT/data)")
-    cli.add_process_arguments(parser)
-    flags = parser.parse_args()
-    data_dir = Path(flags.data_dir or Path(flags.checkpoint) / "data")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    flags = _parser().parse_args(argv)
+    bad: dict[str, str] = {}
 
     def run() -> None:
+        if flags.dataset is not None and flags.split is None:
+            raise UserError("--dataset needs --split, such as train")
         cli.join_processes(flags)
         tower = load_tower(flags.checkpoint)
         config = read_model_config(Path(flags.checkpoint))
-        records = _open(flags.dataset, data_dir, flags.split)
-        encode_split(config, tower, records, flags.out)
+        if flags.dataset is not None:
+            data_dir = Path(flags.data_dir or Path(flags.checkpoint) / "data")
+            encode_split(config, tower, _open(flags.dataset, data_dir, flags.split), flags.out)
+            source = FeatureSource(flags.out)
+        else:
+            source = encode_folder(config, tower, flags.videos, flags.out, flags.fps, flags.workers)
+        bad.update(source.bad)
         if distributed.is_lead():
-            print(f"encoded {len(records)} videos into {flags.out}")
+            _report(source)
 
-    sys.exit(cli.report_user_errors(run))
+    return cli.report_user_errors(run, RESUMABLE) or int(bool(bad))
+
+
+def _report(source: FeatureSource) -> None:
+    frames = source.videos.frames
+    print(f"{source.path} holds {len(frames)} videos, {sum(frames.values())} frames")
+    if source.bad:
+        print(f"{len(source.bad)} videos could not be read and are not in it:", file=sys.stderr)
+        for name, error in source.bad.items():
+            print(f"  {name}: {error}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m videollm_mod_jax.encode",
+        description="Encodes the frames of videos with the vision tower of a model.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="directory of the model")
+    add("--out", required=True, metavar="DIR", help="directory of the features")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--videos", metavar="DIR", help="encodes all videos and images below it")
+    what.add_argument("--dataset", metavar="NAME", help="encodes a TFDS dataset that has frames")
+    add("--fps", type=float, default=2.0, help="frames per second of --videos (default: 2)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        default=min(os.cpu_count() or 1, MOST_WORKERS),
+        help="processes that decode (default: one per core, at most 32)",
+    )
+    add("--split", help="of the dataset, such as train")
+    add("--data-dir", metavar="DIR", help="where the dataset is (default: CHECKPOINT/data)")
+    cli.add_process_arguments(parser)
+    return parser
 
 
 def _open(name: str, data_dir: Path, split: str) -> Sequence[Mapping[str, Any]]:
@@ -205,43 +313,5 @@ def _open(name: str, data_dir: Path, split: str) -> Sequence[Mapping[str, Any]]:
     return builder.as_data_source(split)
 
 
-def _videos(
-    records: Iterable[Mapping[str, Any]], first_record: Mapping[str, Any]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Ids and RGB frames; grey frames get three equal channels."""
-    first = (float(first_record["fps"]), np.shape(first_record["frames"])[1:])
-    for record in records:
-        video_id, frames = record["id"], np.asarray(record["frames"])
-        video_id = video_id.decode() if isinstance(video_id, bytes) else video_id
-        if not len(frames):
-            raise UserError(f"{video_id}: expected at least one frame, found none")
-        kind = (float(record["fps"]), frames.shape[1:])
-        if kind != first:
-            raise UserError(
-                f"{video_id}: expected {first[0]} frames per second of shape {first[1]}, as the "
-                f"first video has, found {kind[0]} of {kind[1]}"
-            )
-        yield video_id, np.repeat(frames[..., None], 3, axis=-1) if frames.ndim == 3 else frames
-
-
-def _progress() -> progress.Progress:
-    return progress.Progress(
-        progress.TextColumn("Encoding"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        _Rate(),
-        progress.TimeRemainingColumn(),
-        disable=not distributed.is_lead(),
-    )
-
-
-class _Rate(progress.ProgressColumn):
-    """Videos per second."""
-
-    def render(self, task: progress.Task) -> str:
-        """The text of the column."""
-        return f"{task.speed or 0:.1f} videos/s"
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
