@@ -145,3 +145,20 @@ def test_the_second_annotation_of_an_id_is_dropped(tmp_path):
     assert report.dropped == {"duplicate id": 1}
     assert report.examples["duplicate id"] == ["test_q.json: annotation 1: 'test/0' came before"]
     assert [record.turns[0].text for record in splits["test"]] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("a <v> b", "reserved text"), ("a \ud800 b", "not Unicode")]
+)
+@pytest.mark.parametrize("place", ["question", "question_id"])
+def test_a_text_that_no_dialogue_can_hold_is_dropped(tmp_path, place, text, reason):
+    question = {"video_name": "v", "question": "who?", "question_id": "0"}
+    tiny_qa.write_json(
+        tmp_path / "test_q.json", [question, question | {"question_id": "1"} | {place: text}]
+    )
+    tiny_qa.write_json(
+        tmp_path / "test_a.json", [{"answer": "he", "question_id": i} for i in ("0", "1", text)]
+    )
+    report, splits = tiny_qa.parse("video_qa_msrvtt", tmp_path, {"v": 1})
+    assert [record.id for record in splits["test"]] == ["test/0"]
+    assert report.dropped == {reason: 1}

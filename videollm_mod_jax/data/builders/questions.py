@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from videollm_mod_jax.data import dialogue
 from videollm_mod_jax.data.annotations import (
     FieldError,
     Record,
@@ -138,12 +139,14 @@ def count_records(
     Args:
       annotations: what error messages call each, and the annotation.
       build: makes the record of an annotation, or raises FieldError.
-      report: is told which are kept and which are dropped; "duplicate id" among them.
+      report: is told which are kept, and which are dropped: those that `build` refuses, and those
+        with a "duplicate id", "reserved text" (`<v>`) or a text that is "not Unicode".
     """
     seen: set[str] = set()
     for where, annotation in annotations:
         try:
             record = build(where, annotation)
+            _check_texts(where, record)
             if record.id in seen:
                 raise FieldError("duplicate id", where, f"{shown(record.id)} came before")
         except FieldError as error:
@@ -152,6 +155,17 @@ def count_records(
         seen.add(record.id)
         report.keep()
         yield record
+
+
+def _check_texts(where: str, record: Record) -> None:
+    for text in (record.id, *(turn.text for turn in record.turns)):
+        if dialogue.PLACEHOLDER in text:
+            expected = f"expected no {dialogue.PLACEHOLDER!r}, which stands for a frame"
+            raise FieldError("reserved text", where, f"{expected}, found {shown(text)}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # json can hold half of a surrogate pair, no file can
+            raise FieldError("not Unicode", where, f"found {shown(text)}") from error
 
 
 def numbered(path: Path, download: str) -> Iterator[tuple[str, Any]]:
