@@ -12,8 +12,8 @@ import ml_collections
 from configs import ego4d_narration
 
 
-def get_config(hardware: str = "v5e-16") -> ml_collections.ConfigDict:
-    config = ego4d_narration.get_config(hardware)
+def get_config(argument: str = "v5e-16") -> ml_collections.ConfigDict:
+    config = ego4d_narration.get_config(argument)
     config.model.lora = {"rank": 0, "alpha": 1.0, "dropout": 0.0, "targets": ()}
     config.training.trainable = "full"
     config.training.optimizer.learning_rate = 2e-5

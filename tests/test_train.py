@@ -66,7 +66,7 @@ def small():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_traces_its_train_step(path, converted):
     assert path.read_text().split("\n")[2].strip().startswith("python -m videollm_mod_jax.")
-    arguments = [str(converted)] if path.stem == "finetune" else []
+    arguments = [str(converted)] if path.stem in ("finetune", "own") else []
     table = experiment.plain(config_of(path, *arguments))
     config, data, training = experiment.read_training(table)
     layout = sharding.make_layout(training.sharding, training.mesh)
