@@ -11,6 +11,7 @@ from videollm_mod_jax.data import dialogue
 from videollm_mod_jax.data.annotations import Report, Source, Videos, frame_range
 from videollm_mod_jax.data.builders import clips, coin
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.evaluation.benchmarks import BENCHMARKS, Marking
 
 DATASETS = {dataset.name: dataset for dataset in coin.DATASETS}
 CONCISELY = "Format your answer concisely. No extra text output."
@@ -126,6 +127,22 @@ def test_every_annotation_is_kept_or_counted(tmp_path, name, kept, last):
     for record in (*records["train"], *records["test"]):
         assert set(record.target["labels"]) <= set(labels)
         assert record.turns[-1].text == clips.answer_text(record.target["labels"])
+
+
+def test_the_true_answers_score_one_and_swapped_ones_less(tmp_path):
+    for name, dataset in DATASETS.items():
+        records, labels = read(name, source_of(tmp_path))
+        kind, marking = BENCHMARKS[dataset.benchmark], Marking(labels, judge=None)
+        test, scores = records["test"] + records["train"], []
+        for shift in (0, 1):
+            answers = [record.turns[-1].text for record in test[shift:] + test[:shift]]
+            rows = [
+                kind.mark(record, [answer], record.turns[-1].text, marking)
+                for record, answer in zip(test, answers, strict=True)
+            ]
+            scores.append(kind.score(rows, marking)["accuracy"])
+        assert scores[0] == 1.0 > scores[1]
+        assert dataset.benchmark == ("steps" if "procedure" in name else "labels")
 
 
 def test_frames_are_upstreams():

@@ -299,12 +299,12 @@ DATASETS = (
         name="coin_procedure",
         page=coin_page.PROCEDURE,
         read=functools.partial(_read_steps, _Question(1, 6)),
-        benchmark="labels",
+        benchmark="steps",
     ),
     Dataset(
         name="coin_procedure_goal",
         page=coin_page.PROCEDURE_GOAL,
         read=functools.partial(_read_steps, _Question(1, 6, goal=True)),
-        benchmark="labels",
+        benchmark="steps",
     ),
 )
