@@ -153,6 +153,25 @@ def test_without_validation_no_checkpoint_is_the_best(tmp_path, model_directory)
             checkpoint.best_step(directory)
 
 
+def test_what_a_run_trains_loads_without_what_it_does_not(tmp_path, model_directory):
+    write_checkpoints(tmp_path, {4: 0.5, 8: 0.7}, keep=2)
+    expected, _ = split_variables(load_model(tmp_path).variables, "lora")
+    earlier, _ = split_variables(load_model(tmp_path, step=4).variables, "lora")
+    shutil.rmtree(tmp_path / "weights")
+    assert_bitwise(checkpoint.load_trained(tmp_path), expected)
+    assert_bitwise(checkpoint.load_trained(tmp_path, step=4), earlier)
+    with pytest.raises(UserError, match="holds no checkpoint; expected the directory of a train"):
+        checkpoint.load_trained(model_directory)
+    decoder = dataclasses.replace(CONFIG.decoder, hidden_size=40)
+    other = dataclasses.replace(CONFIG, decoder=decoder)
+    (tmp_path / "model.json").write_text(json.dumps(other.to_dict()))
+    with pytest.raises(UserError, match=r"should be \(.*40.*\) and is \("):
+        checkpoint.load_trained(tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps(tiny_training.model_config(0).to_dict()))
+    with pytest.raises(UserError, match=r"lora/.* should be absent and is \("):
+        checkpoint.load_trained(tmp_path)
+
+
 def test_damaged_metrics_name_their_checkpoint(tmp_path):
     write_checkpoints(tmp_path, {4: 0.5, 8: 0.7}, keep=2)
     (tmp_path / "checkpoints" / "4" / "metrics" / "metrics").write_text("")

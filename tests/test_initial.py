@@ -4,15 +4,19 @@ import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests import tiny, tiny_stream
+from tests import tiny, tiny_stream, tiny_training
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import LoraConfig, VideoLLM, full_computation
+from videollm_mod_jax.training import checkpoint
 from videollm_mod_jax.training.checkpoint import load_model, load_tower, save_model
 from videollm_mod_jax.training.initial import check_start, init_part, variables_from
+from videollm_mod_jax.training.optimizer import merge_variables, split_variables
 from videollm_mod_jax.training.sharding import abstract_variables, make_layout
+from videollm_mod_jax.training.state import create_state
 
 LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.0, targets=("q", "down", "lm_head"))
 
@@ -39,6 +43,20 @@ def test_fresh_adapters_and_routers_leave_the_model_as_it_was(dense):
     found = VideoLLM(config).apply(variables, **batch).logits_BJV
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.any(variables["lora"]["decoder"]["layer_0"]["block"]["attention"]["q"]["a"])
+
+
+def test_a_run_starts_from_what_another_run_trained(tmp_path):
+    """Adapters, connector and routers of its newest checkpoint, over its frozen weights."""
+    config = tiny_training.model_config(rank=2)
+    trained, frozen = split_variables(tiny_training.variables(config), "lora")
+    checkpoint.write_description(tmp_path, config, tiny_training.TOKENIZER, "watch")
+    checkpoint.write_weights(tmp_path, frozen)
+    with checkpoint.Checkpointer(tmp_path, keep=2) as checkpointer:
+        for step in (4, 8):
+            learnt = jax.tree.map(lambda leaf, step=step: step + leaf, trained)
+            checkpointer.save(step, create_state(learnt, optax.sgd(1.0), seed=0))
+    found = variables_from(tmp_path, config, jax.random.key(0), None)
+    jax.tree.map(np.testing.assert_array_equal, found, merge_variables(learnt, frozen))
 
 
 def test_routers_that_the_new_model_lacks_are_left_behind(tmp_path):

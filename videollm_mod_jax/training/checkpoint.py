@@ -166,6 +166,38 @@ def best_step(directory: str | os.PathLike[str]) -> int:
     )
 
 
+def load_trained(
+    directory: str | os.PathLike[str], layout: Layout | None = None, *, step: int | None = None
+) -> Variables:
+    """Loads what a run trains, and reads nothing else of it: its frozen weights may be missing.
+
+    Args:
+      directory: of the run.
+      layout: how to lay the variables on a mesh; None puts them on the first device.
+      step: of the checkpoint; None takes the newest.
+
+    Returns:
+      The part of the variables of `VideoLLM(config, scan=False)` that `split_variables` calls
+      trained: adapters, connector and routers, or all but the vision tower.
+
+    Raises:
+      UserError: the directory holds no such checkpoint, or one that is damaged or of another model
+        than `model.json` describes.
+    """
+    directory = Path(directory)
+    expected = abstract_variables(VideoLLM(read_model_config(directory)), layout)
+    _, *trained = stored_parts(directory, step)
+    if not trained:
+        raise UserError(
+            f"{directory} holds no checkpoint; expected the directory of a training run that has "
+            "saved one"
+        )
+    tree = _stored_tree(trained[0])
+    target = _like(tree, expected)
+    _check_same(directory, target, [tree])
+    return _restore(trained[0], target)
+
+
 def load_tower(directory: str | os.PathLike[str]) -> Variables:
     """Loads the vision tower of a model onto the first device, and nothing else of it.
 
@@ -304,8 +336,9 @@ def _shapes(tree: Variables) -> dict[str, tuple[int, ...]]:
 
 
 def _like(names: Variables, tree: Variables) -> Variables:
-    """The part of `tree` that has the names of `names`."""
+    """The part of `tree` that has the names of `names`, as far as it has them."""
     return {
         key: _like(value, tree[key]) if isinstance(value, Mapping) else tree[key]
         for key, value in names.items()
+        if key in tree
     }
