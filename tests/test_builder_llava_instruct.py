@@ -120,9 +120,10 @@ def test_a_conversation_without_turns_is_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        (json.dumps({"a": 1}).encode(), "expected a list of annotations, found a dict"),
-        (b"[{", "is not json"),
-        (b"\xff\xfe", "is not json"),
+        (json.dumps({"a": 1}).encode(), r"at the top.*: expected \[, found \{"),
+        (b"[{", "not json"),
+        (b"[7, ", "not json"),
+        (b"\xff\xfe", "not UTF-8"),
     ],
 )
 def test_a_file_that_is_not_a_list_is_named(tmp_path, written, message):

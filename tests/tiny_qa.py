@@ -288,7 +288,7 @@ def write_mme(directory: Path) -> dict[str, int]:
     return {"existence/000000006040": 1, "artwork/images/14777": 1}
 
 
-# Writes a small valid source below a directory and gives the frames of its videos.
+# Each writes a small valid source into a directory and gives the frames of its videos.
 WRITERS: dict[str, Callable[[Path], dict[str, int]]] = {
     "llava_instruct": write_llava_instruct,
     "video_qa_msvd": write_msvd,

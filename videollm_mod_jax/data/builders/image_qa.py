@@ -92,10 +92,11 @@ _SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
 def _read_gqa(source: Source) -> Parsed:
     path = source.directory / "testdev_balanced_questions.json"
+    entries = questions.keyed(path, _GQA)
     names = questions.StoredNames(source.videos)
 
     def annotations() -> Iterator[tuple[str, tuple[str, Any]]]:
-        for question_id, entry in questions.keyed(path, _GQA).items():
+        for question_id, entry in entries:
             yield f"{path.name}: {shown(question_id)}", (question_id, entry)
 
     def build(where: str, keyed: tuple[str, Any]) -> Record:
@@ -113,8 +114,8 @@ def _read_gqa(source: Source) -> Parsed:
 
 
 def _read_scienceqa(source: Source) -> Parsed:
-    problems = questions.keyed(source.directory / "problems.json", _SCIENCEQA)
-    splits = questions.keyed(source.directory / "pid_splits.json", _SCIENCEQA)
+    problems = dict(questions.keyed(source.directory / "problems.json", _SCIENCEQA))
+    splits = dict(questions.keyed(source.directory / "pid_splits.json", _SCIENCEQA))
     for prefix in _SPLITS.values():
         if not isinstance(splits.get(prefix), list):
             raise UserError(

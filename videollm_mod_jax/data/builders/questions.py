@@ -23,9 +23,9 @@ from videollm_mod_jax.data.annotations import (
     Source,
     Turn,
     Videos,
-    read_json,
     shown,
 )
+from videollm_mod_jax.data.builders import ego4d_json
 from videollm_mod_jax.errors import UserError
 
 # What LLaVA-1.5 appends to a question (haotian-liu/LLaVA, docs/Evaluation.md).
@@ -169,26 +169,26 @@ def _check_texts(where: str, record: Record) -> None:
 
 
 def numbered(path: Path, download: str) -> Iterator[tuple[str, Any]]:
-    """The entries of a json file that holds a list, each with its place in it.
+    """The entries of a json file that holds a list, as they are read, each with its place in it.
 
     Args:
-      path: of the file.
+      path: of the file, which may be larger than memory.
       download: where to get it, for the error message.
 
     Raises:
-      UserError: the file cannot be read or holds no list.
+      UserError: there is no such file; while iterating, it holds something else.
     """
-    entries = _read(path, list, download)
-    return ((f"{path.name}: annotation {i}", entry) for i, entry in enumerate(entries))
+    entries = enumerate(ego4d_json.array_members(_existing(path, download)))
+    return ((f"{path.name}: annotation {i}", entry) for i, entry in entries)
 
 
-def keyed(path: Path, download: str) -> dict[str, Any]:
-    """The entries of a json file that holds an object.
+def keyed(path: Path, download: str) -> Iterator[tuple[str, Any]]:
+    """The members of a json file that holds an object, as they are read.
 
     Raises:
-      UserError: the file cannot be read or holds no object.
+      UserError: as `numbered`.
     """
-    return _read(path, dict, download)
+    return ego4d_json.object_members(_existing(path, download))
 
 
 def lines(path: Path, download: str) -> Iterator[tuple[str, str]]:
@@ -218,13 +218,7 @@ def parsed_line(where: str, line: str) -> Any:
         raise FieldError("not json", where, f"expected an object, found {shown(line)}") from error
 
 
-def _read(path: Path, kind: type, download: str) -> Any:
+def _existing(path: Path, download: str) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; download it from {download}")
-    value = read_json(path)
-    if not isinstance(value, kind):
-        raise UserError(
-            f"{path}: expected a {kind.__name__} of annotations, found a {type(value).__name__}; "
-            f"download it again from {download}"
-        )
-    return value
+    return path
