@@ -46,8 +46,8 @@ class Record:
       video: name of the video (or image) in the feature store.
       start, stop: the stretch in seconds: frames i with start <= i / fps < stop.
       turns: in order of time.
-      stride: only every stride-th frame of the stretch belongs to the record, from its first on: how
-        a question about an hour of video fits into an example.
+      stride: only every stride-th frame of the stretch belongs to the record, from its first on:
+        how a question about an hour of video fits into an example.
       target: what a benchmark compares the model's answer with, as json types; {} for none.
     """
 
