@@ -112,6 +112,18 @@ Q, A = said("user", 3.0, "Q"), said("assistant", 3.0, "A")
             "|/User: Q/Assistant: A/[|]/Assistant: B/User: R/Assistant: C",
             None,
         ),
+        # Asked in the frame that was last: at once.
+        (
+            [
+                Q,
+                A,
+                said("assistant", 4.1, "B"),
+                said("user", 4.3, "R"),
+                said("assistant", 4.3, "C"),
+            ],
+            "|/User: Q/Assistant: A/[|,|,|]/Assistant: B/User: R/Assistant: C",
+            None,
+        ),
         ([Q, A, said("assistant", 2.0, "B")], "|/User: Q/Assistant: A", "unordered times"),
         ([Q, A, said("user", 3.0, "R")], "|/User: Q/Assistant: A", "question at the time of"),
         ([Q, A, said("assistant", 29.6, "B")], "|/User: Q/Assistant: A", "after the end of the"),
@@ -138,6 +150,24 @@ def test_a_damaged_answer_goes_alone_and_a_damaged_question_with_the_rest(tmp_pa
     text, _, report = read(tmp_path, Q, A, said("user", 4.0, ""), *rest)
     assert text == "|/User: Q/Assistant: A"
     assert report.dropped == {"empty text": 1, "after a turn that cannot be used": 2}
+
+
+@pytest.mark.parametrize(
+    ("turns", "text", "dropped"),
+    [
+        ([Q, A, said("assistant", 2.0, "B")], "|/User: Q/Assistant: A", "unordered times"),
+        (
+            [Q, A, said("assistant", 30.0, "B")],
+            "|/User: Q/Assistant: A",
+            "after the end of the video",
+        ),
+        ([said("assistant", 2.0, "B")], None, "begins without a question"),
+    ],
+)
+def test_what_ends_a_dialogue_drops_all_turns_after_it(tmp_path, turns, text, dropped):
+    found, _, report = read(tmp_path, *turns, said("user", 5.0, "R"), said("assistant", 5.0, "C"))
+    assert found == text
+    assert report.dropped == {dropped: 1, "after a turn that cannot be used": 2}
 
 
 def test_a_dialogue_is_cut_at_max_frames(tmp_path, monkeypatch):

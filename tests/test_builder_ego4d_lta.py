@@ -92,7 +92,14 @@ def test_the_drawn_answer():
     assert answer_text(actions) == "1. Take dough.\n2. Turn off oven."
 
 
-def test_times_are_rounded_to_the_nearest_frame_inside_the_video(directory):
+def test_times_are_rounded_to_the_nearest_frame(directory):
+    actions = [action(i, start=0.35 + i) for i in range(28)]
+    records, _ = read(directory, actions)
+    # From 10.35 s, nearest to 10.5, to 25.35 s, nearest to 25.5.
+    assert frame_range(records[0], 2.0) == range(21, 52)
+
+
+def test_times_are_moved_into_the_video(directory):
     actions = [action(i, start=-10.4 + 0.3 * i) for i in range(28)]
     records, _ = read(directory, actions, videos=Videos(2.0, {"e": 15}))
     # From -0.4 s; the eighth action lasts to 9.7 s, the video to 7 s.

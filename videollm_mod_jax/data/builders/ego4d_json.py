@@ -1,8 +1,10 @@
 """Reads json files that do not fit memory, one member of one object or array at a time.
 
-Ego4D's narrations are one object of a gigabyte; decoded at once they take five times that. Here the
-text is read in pieces, and the decoder of the standard library is put at each member in turn: it
-is as fast on a member as on the whole file, and takes numbers such as NaN, which Python writes.
+Ego4D's narrations are one object of a gigabyte; decoded at once they take several times that. Here
+the text is read in pieces, and the decoder of the standard library is put at each member in turn.
+It is as fast as on a whole text, and takes what a streaming parser such as ijson refuses together
+with the rest of the file: NaN, which Python writes, and numbers of more than 64 bits. What is wrong
+with one annotation then costs that one.
 """
 
 import itertools
