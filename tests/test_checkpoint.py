@@ -132,6 +132,13 @@ def test_the_newest_and_the_best_checkpoints_survive(tmp_path, keep, keep_best, 
     assert checkpoint.best_step(tmp_path) == min(best, key=lambda step: (best[step], -step))
 
 
+def test_checkpoints_from_before_losses_were_stored_are_not_kept_for_ever(tmp_path):
+    write_checkpoints(tmp_path, {2: 0.5, 4: None}, keep=2)
+    shutil.rmtree(tmp_path / "checkpoints" / "4" / "metrics")
+    write_checkpoints(tmp_path, {6: 0.6, 8: 0.7}, keep=2, keep_best=1)
+    assert checkpoint.checkpoint_steps(tmp_path) == [2, 6, 8]
+
+
 def test_a_model_loads_from_the_checkpoint_that_is_asked_for(tmp_path, model_directory):
     write_checkpoints(tmp_path, {4: 0.5, 8: 0.7}, keep=2)
 

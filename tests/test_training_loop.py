@@ -1,6 +1,7 @@
 """The loop: resuming, refusing, and what a run leaves behind."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -64,6 +65,9 @@ def test_validation_measures_the_objective_without_dropout_on_the_saved_weights(
     directory, trained = whole
     lines = metrics.read_validation(directory)
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
+    text = (directory / metrics.METRICS_FILE).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in text[:4]] == [1, 2, 2, 3]
+    assert json.loads(text[2]) == lines[0], "a validation comes after the update"
     totals = np.zeros(2)
     for batch in tiny_training.validation_batches():
         inputs = (batch[k] for k in ("tokens", "features", "frame_starts", "label_positions"))
@@ -91,9 +95,12 @@ def test_validation_changes_nothing_that_is_learnt(whole, tmp_path):
 
 
 def test_a_run_may_be_validated_and_kept_otherwise_when_it_is_resumed(whole, tmp_path):
-    shutil.copytree(whole[0], tmp_path / "run")
-    again = tiny_training.train(tmp_path / "run", validate_every=4, keep_best=3)
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "10")
+    again = tiny_training.train(run, validate_every=4, keep_best=3)
     assert_bitwise(again.variables, whole[1].variables)
+    # The last update is validated whatever the interval.
+    assert metrics.read_validation(run) == metrics.read_validation(whole[0])
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved(

@@ -20,7 +20,7 @@ from videollm_mod_jax.training.optimizer import (
     split_variables,
 )
 from videollm_mod_jax.training.state import create_state
-from videollm_mod_jax.training.step import make_train_step, split_batch
+from videollm_mod_jax.training.step import make_train_step, make_validation_step, split_batch
 
 
 def names(tree):
@@ -176,6 +176,16 @@ def test_dropout_differs_between_steps_and_microbatches_and_repeats():
     logits_BJV = jax.jit(model.apply)(variables, *inputs).logits_BJV
     without = streaming_loss(logits_BJV, batch["labels"], batch["label_kinds"], 0.7)
     assert abs(means(without)["loss"] - first) > 1e-4
+
+
+def test_validation_measures_the_loss_of_the_update():
+    variables, _, frozen, metrics = run("full", 0, 4, ADAMW)
+    model = VideoLLM(tiny_training.model_config(0), scan=True)
+    step = jax.jit(make_validation_step(model, stream_weight=0.7))
+    trained, _ = split_variables(variables, "full")
+    found = means(jax.device_get(step(trained, frozen, tiny_training.batch(0))))
+    assert found == pytest.approx({name: metrics[name] for name in found}, rel=1e-5)
+    assert found["loss"] != pytest.approx(found["language_loss"], rel=1e-2)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
