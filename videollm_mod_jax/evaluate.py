@@ -1,114 +1,310 @@
-"""Evaluates a trained model on a split of the dataset of its run.
+r"""Evaluates a trained model on all benchmarks of a config.
 
-    python -m videollm_mod_jax.evaluate --checkpoint runs/digits --split test
+    python -m videollm_mod_jax.evaluate --checkpoint runs/digits
+    python -m videollm_mod_jax.evaluate --checkpoint runs/coin --config configs/coin.py \
+        --benchmarks coin_step,coin_task --out results/coin
 
-Prints LM-PPL, TimeDiff, Fluency and LM-Correctness, as VideoLLM-online defines them. Several
-processes share the streams.
+Without `--config`, the benchmarks are those of the run. Writes, below `--out`,
+
+    DATASET.jsonl                     what was asked and answered, one record per line
+    DATASET.teacher-forced.jsonl      of streams: LM-PPL, TimeDiff, Fluency and LM-Correctness
+    DATASET.self-conditioned.jsonl    of streams: what the model says with its own words as history
+    report.json, report.md            all scores, and the tables of the paper with them
+
+and prints the tables. A killed evaluation goes on where it stopped. Several processes share the
+records; each needs a device of its own that holds the model.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from videollm_mod_jax import cli
+from videollm_mod_jax.data import files
 from videollm_mod_jax.data.sources import Sources
 from videollm_mod_jax.encode import encode_split, fingerprint
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.evaluation.stream import StreamReport, evaluate_stream
-from videollm_mod_jax.experiment import Experiment, examples_for
+from videollm_mod_jax.evaluation import report as reporting
+from videollm_mod_jax.evaluation import samples
+from videollm_mod_jax.evaluation.judge import ChatJudge, ExactMatch, Judge
+from videollm_mod_jax.evaluation.running import (
+    ANSWERS,
+    SELF_CONDITIONED,
+    Part,
+    Subject,
+    parts_of,
+    run_part,
+)
+from videollm_mod_jax.experiment import Experiment, examples_for, plain
 from videollm_mod_jax.streaming.triggers import check_threshold
+from videollm_mod_jax.train import TRAINING_VIDEOS
 from videollm_mod_jax.training import distributed
-from videollm_mod_jax.training.checkpoint import CONFIG_FILE, load_model, read_json
+from videollm_mod_jax.training.checkpoint import (
+    CONFIG_FILE,
+    LoadedModel,
+    checkpoint_steps,
+    load_model,
+    read_json,
+    write_json,
+)
+
+EVALUATION = "evaluation"
+REPORT, MARKDOWN = "report.json", "report.md"
+SEED = 0
+
+_JUDGE = {"timeout": 60.0, "attempts": 6, "backoff": 2.0}
 
 
 def evaluate(
     checkpoint: str | Path,
+    experiment: Experiment | None = None,
+    *,
+    benchmarks: Sequence[str] = (),
     split: str | None = None,
     batch_size: int | None = None,
     silence_threshold: float | None = None,
-) -> StreamReport:
-    """Evaluates the model of a run; needs only its directory.
+    self_conditioned: bool = True,
+    judge: Judge | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+) -> reporting.Report:
+    """Evaluates a model, or what is left of that.
 
     Args:
-      checkpoint: directory of the run.
-      split: of its dataset; None is the one that its config names.
-      batch_size: streams per forward; None is that of its config.
+      checkpoint: directory of a run, or of a converted model.
+      experiment: whose data and evaluation; None is that of the run.
+      benchmarks: names of datasets; () is all of `experiment.evaluation.benchmarks`.
+      split: of the datasets; None is the one that the experiment names for each.
+      batch_size: conversations at a time; None is that of the experiment.
       silence_threshold: see `triggers.breaks_silence`.
+      self_conditioned: whether streams are also watched with the model's own words as history.
+      judge: of open answers; None is `ExactMatch`, which tables name.
+      out: directory of the results; None is DIR/evaluation, or DIR/evaluation/SPLIT with `split`.
+      force: evaluate on videos that the model was trained on, and say so in the report.
+
+    Returns:
+      What `report.json` holds.
 
     Raises:
-      UserError: no run there, an unknown split, or a setting out of range.
+      UserError: no model there, an unknown dataset or split, a setting out of range, videos that
+        the model was trained on, or results of other settings in `out`.
     """
     check_threshold(silence_threshold)
     directory = Path(checkpoint)
     model = load_model(directory)
-    if not (directory / CONFIG_FILE).exists():
-        raise UserError(
-            f"{directory} holds no {CONFIG_FILE}, which names the dataset; expected the directory "
-            "of a training run"
-        )
-    experiment = Experiment.from_table(read_json(directory / CONFIG_FILE))
-    name = experiment.evaluation.around_training
-    split = experiment.evaluation.benchmarks[name] if split is None else split
-    batch_size = experiment.evaluation.batch_size if batch_size is None else batch_size
+    if experiment is None:
+        if not (directory / CONFIG_FILE).exists():
+            raise UserError(
+                f"{directory} holds no {CONFIG_FILE}, which names the benchmarks; expected the "
+                "directory of a training run, or --config"
+            )
+        experiment = Experiment.from_table(read_json(directory / CONFIG_FILE))
+    settings = experiment.evaluation
+    batch_size = settings.batch_size if batch_size is None else batch_size
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; expected at least 1")
+    splits = _splits(settings.benchmarks, benchmarks, split)
+    out = directory / EVALUATION / (split or "") if out is None else Path(out)
     with distributed.lead_first("dataset"):
         sources = Sources(experiment.data, directory)
+    trained_on = _trained_on(directory, sources, splits, force)
+
+    with distributed.lead_first("report"):
+        report = _read_report(out, directory, model)
+    for name, chosen in splits.items():
+        dataset = sources.dataset(name)
+        subject = Subject(
+            model=model,
+            examples=_examples(model, sources, name, chosen),
+            labels=tuple(dataset.labels),
+            batch_size=batch_size,
+            answer_tokens=settings.answer_tokens,
+            silence_threshold=silence_threshold,
+            judge=judge or ExactMatch(),
+            seed=SEED,
+        )
+        count = len(subject.examples)
+        entry = report["benchmarks"].setdefault(name, {"parts": {}})
+        entry |= {
+            "benchmark": dataset.benchmark,
+            "split": chosen,
+            "records": count,
+            "trained_on": trained_on[name],
+        }
+        shared = {"split": chosen, "records": count, "model": report["model"]["step"]}
+        for part in parts_of(dataset.benchmark, subject):
+            if self_conditioned or part.name != SELF_CONDITIONED:
+                _run(part, subject, name, shared, entry["parts"], out, report)
+    return report
+
+
+def _run(
+    part: Part,
+    subject: Subject,
+    name: str,
+    shared: Mapping[str, Any],
+    parts: dict[str, Any],
+    out: Path,
+    report: reporting.Report,
+) -> None:
+    """Adds a part to the report, unless it is there."""
+    settings = {**shared, **part.settings}
+    file = name if part.name == ANSWERS else f"{name}.{part.name}"
+    if part.name in parts:
+        samples.check_same(parts[part.name]["settings"], settings, out / REPORT)
+    else:
+        scores = run_part(part, subject.examples, file, settings, out)
+        parts[part.name] = {"settings": settings, "scores": scores}
+        if distributed.is_lead():
+            write_report(out, report)
+    if distributed.is_lead():
+        samples.forget(out, file)
+
+
+def _splits(
+    configured: Mapping[str, str], names: Sequence[str], split: str | None
+) -> dict[str, str]:
+    """The split of every benchmark that is asked for."""
+    for name in names:
+        if name not in configured:
+            raise UserError(
+                f"--benchmarks names {name!r}; expected some of {', '.join(configured)}, which "
+                "evaluation.benchmarks of the config has"
+            )
+    if not configured:
+        raise UserError("evaluation.benchmarks of the config is empty; name a dataset and a split")
+    return {name: split or configured[name] for name in names or configured}
+
+
+def _examples(model: LoadedModel, sources: Sources, name: str, split: str) -> Any:
     tower = model.variables["params"]["vision"]
     streams = sources.unencoded(name, split)
     if streams is not None:
         encode_split(model.config, tower, streams, sources.features_path(name, split))
-    examples = examples_for(
+    return examples_for(
         model.config, fingerprint(model.config, tower), sources, name, split, model.tokenizer
     )
-    return evaluate_stream(
-        model, examples, batch_size=batch_size, silence_threshold=silence_threshold
-    )
+
+
+def _trained_on(
+    directory: Path, sources: Sources, splits: Mapping[str, str], force: bool
+) -> dict[str, int | None]:
+    """How many videos of each benchmark the model was trained on; None where nobody knows.
+
+    Raises:
+      UserError: there are some, and `force` is false.
+    """
+    manifest = directory / TRAINING_VIDEOS
+    if not manifest.exists():
+        return dict.fromkeys(splits)
+    trained = read_json(manifest)
+    found = {}
+    for name, split in splits.items():
+        sources.records(name, split)  # refuses an unknown split
+        videos = set(sources.dataset(name).videos(split))
+        # In any dataset: narrations and questions of one video teach the same video.
+        shared = {dataset: sorted(videos.intersection(seen)) for dataset, seen in trained.items()}
+        found[name] = len(set().union(*shared.values()))
+        for dataset, seen in shared.items():
+            if seen and not force:
+                raise UserError(
+                    f"{name}, split {split}: {len(seen)} of its {len(videos)} videos are among "
+                    f"those of {dataset} that the model was trained on, such as {seen[0]!r} "
+                    f"({manifest}); choose another split, or --force, which marks the report"
+                )
+    return found
+
+
+def _read_report(out: Path, directory: Path, model: LoadedModel) -> dict[str, Any]:
+    """The report that is there, or an empty one."""
+    described = reporting.describe_model(model.config)
+    described["step"] = max(checkpoint_steps(directory), default=None)
+    path = out / REPORT
+    if not path.exists():
+        return {"model": described, "benchmarks": {}}
+    report = read_json(path)
+    samples.check_same(report["model"], described, path)
+    return report
+
+
+def write_report(out: Path, report: reporting.Report) -> None:
+    """Writes `report.json`, and its tables as `report.md`."""
+    write_json(out / REPORT, report)
+    with files.written_aside(out / MARKDOWN) as aside:
+        aside.write_text(reporting.as_markdown(reporting.grids([report])), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    arguments = _parser().parse_args(argv)
-    return cli.report_user_errors(lambda: _run(arguments))
+    arguments, overrides = _parser().parse_known_args(argv)
+    again = "interrupted; the same command continues where it stopped"
+    return cli.report_user_errors(lambda: _main(arguments, overrides), again)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _main(arguments: argparse.Namespace, overrides: list[str]) -> None:
     cli.join_processes(arguments)
+    experiment = None
+    if arguments.config is not None:
+        experiment = Experiment.from_table(plain(cli.read_config(arguments.config, overrides)))
+    elif overrides:
+        raise UserError(f"unexpected argument {overrides[0]!r}; see --help")
+    beside = [_read_beside(Path(other)) for other in arguments.beside]
     report = evaluate(
-        arguments.checkpoint, arguments.split, arguments.batch_size, arguments.silence_threshold
+        arguments.checkpoint,
+        experiment,
+        benchmarks=[name for name in (arguments.benchmarks or "").split(",") if name],
+        split=arguments.split,
+        batch_size=arguments.batch_size,
+        silence_threshold=arguments.silence_threshold,
+        self_conditioned=arguments.self_conditioned,
+        judge=_judge(arguments),
+        out=arguments.out,
+        force=arguments.force,
     )
-    if not distributed.is_lead():
-        return
-    console, metrics = Console(), report.metrics
-    turns = sum(sample.turns for sample in report.samples)
-    table = Table(title=f"{len(report.samples)} streams, {turns} turns")
-    for column in ("LM-PPL ↓", "TimeDiff ↓", "Fluency ↑", "LM-Correctness ↑"):
-        table.add_column(column, justify="right")
-    table.add_row(
-        f"{metrics.lm_ppl:.3f}",
-        f"{metrics.time_diff:.3f} s",
-        f"{metrics.fluency:.1%}",
-        f"{metrics.lm_correctness:.1%}",
+    if distributed.is_lead():
+        reporting.show([*beside, report], Console())
+
+
+def _read_beside(out: Path) -> reporting.Report:
+    if not (out / REPORT).exists():
+        raise UserError(f"--beside: {out} holds no {REPORT}; expected what another --out was")
+    return read_json(out / REPORT)
+
+
+def _judge(arguments: argparse.Namespace) -> Judge:
+    if arguments.judge_url is None:
+        return ExactMatch()
+    return ChatJudge(
+        url=arguments.judge_url,
+        key_variable=arguments.judge_key,
+        model=arguments.judge_model,
+        **_JUDGE,
     )
-    console.print(table)
-    if arguments.out is not None:
-        report.write_samples(arguments.out)
-        console.print(f"wrote {arguments.out}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m videollm_mod_jax.evaluate",
-        description="Evaluates a trained model, teacher-forced, on streams of its run's dataset.",
+        description="Evaluates a trained model on all benchmarks of a config.",
+        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="directory of a training run")
-    add("--split", help="of the dataset; by default the one that the run's config names")
-    add("--batch-size", type=int, metavar="B", help="streams at a time; by default the config's")
+    add("--checkpoint", required=True, metavar="DIR", help="directory of a training run or a model")
+    add(
+        "--config",
+        metavar="FILE",
+        help="whose benchmarks to run; by default the run's own. Any key can be overridden: "
+        "--config.evaluation.batch_size=4",
+    )
+    add("--benchmarks", metavar="A,B", help="datasets, of those of the config; by default all")
+    add("--split", help="of the datasets; by default those that the config names")
+    add(
+        "--batch-size", type=int, metavar="B", help="conversations at a time; default: the config's"
+    )
     add(
         "--silence-threshold",
         type=float,
@@ -116,7 +312,34 @@ def _parser() -> argparse.ArgumentParser:
         help="the model speaks where the probability of silence is below P in [0, 1]; by default "
         "where silence is not the likeliest",
     )
-    add("--out", metavar="FILE.jsonl", help="write the metrics of every stream")
+    add(
+        "--self-conditioned",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also watch streams with the model's own words as history, which takes longest",
+    )
+    add("--out", metavar="DIR", help="of the results; by default evaluation below the checkpoint")
+    add(
+        "--beside",
+        nargs="*",
+        default=[],
+        metavar="DIR",
+        help="results of other models, to show in the same tables",
+    )
+    add(
+        "--force",
+        action="store_true",
+        help="evaluate on videos that the model was trained on, and mark the report",
+    )
+    group = parser.add_argument_group("a judge of open answers, without which exact matches count")
+    group.add_argument("--judge-url", metavar="URL", help="of OpenAI-compatible chat completions")
+    group.add_argument("--judge-model", default="gpt-3.5-turbo", metavar="NAME", help="to ask")
+    group.add_argument(
+        "--judge-key",
+        default="OPENAI_API_KEY",
+        metavar="VARIABLE",
+        help="environment variable that holds the key; empty for none",
+    )
     cli.add_process_arguments(parser)
     return parser
 
