@@ -37,9 +37,9 @@ PAGE = f"""\
 Dialogues about cooking videos: the user asks now and then, the assistant also helps unasked.
 
 **Get it.** huggingface.co/datasets/chenjoya/videollm-online-chat-ego4d-134k (accept its terms).
-Llama 3 wrote the dialogues from the steps of Ego4D Goal-Step; with its samples they cannot be made
-again word for word, only others like them (data/livechat/ of showlab/videollm-online). Features
-are of the videos of Ego4D, named by their uid.
+Llama 3 wrote the dialogues from the steps of Ego4D Goal-Step, with random questions at random
+times: data/livechat/ of showlab/videollm-online makes others like them, not the same. Features are
+of the videos of Ego4D, named by their uid.
 
 **Files.** `{FILE}`: an array of
 `{{"video_uid", "conversation": [{{"role": "user" or "assistant", "time": seconds, "content"}}]}}`,

@@ -44,7 +44,7 @@ PAGE = f"""\
 Long-term action anticipation of Ego4D: the model watches {SEEN} actions and lists the next {ASKED}.
 
 **Get it.** Sign the licence at ego4d-data.org, then
-`ego4d -o DIR --version v2_1 --datasets annotations full_scale --benchmarks FHO`. `--source` is
+`ego4d -o DIR --version v2_1 --datasets annotations full_scale`. `--source` is
 `DIR/v2/annotations`; features are of the videos in `DIR/v2/full_scale`, named by their uid.
 
 **Files.**
@@ -139,20 +139,6 @@ def question_text(num_frames: int) -> str:
         f"After {num_frames} video frames, anticipate the next {ASKED} actions. Format your answer "
         "concisely, listing each action on a new line with a number prefix. No extra text output."
     )
-
-
-def words_of(labels: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The verbs and the nouns, by id, of the labels of this dataset.
-
-    ```
-    ("verb: take", "verb: put", "noun: dough")  ->  ("take", "put"), ("dough",)
-    ```
-    """
-    verbs, nouns = (
-        tuple(label.removeprefix(kind) for label in labels if label.startswith(kind))
-        for kind in ("verb: ", "noun: ")
-    )
-    return verbs, nouns
 
 
 def read(source: Source) -> Parsed:

@@ -3,8 +3,8 @@
 from videollm_mod_jax.data.builders import ego4d_splits
 
 _CONVERSATION = """\
-A record is what one annotator said about one stretch of a video (`_annotation_uid`): narrations in
-order of time, each after the first frame at or after its time. The stretch begins with the frame
+One for what one annotator said about one stretch of a video (its annotation uid): narrations
+in order of time, each after the first frame at or after its time. The stretch begins with the frame
 of the first narration and ends with that of the last. After the first frame the user asks for
 narration; the first narration is the answer. At 2 fps (`|` a frame, U the user, A B C narrations
 at 1.2, 2.0 and 3.4 s):
@@ -29,9 +29,11 @@ Narrations of Ego4D in the words of its annotators, in which C is the camera wea
   `{{"videos": {{VIDEO: {{"narrations": [{{"time", "text", "_annotation_uid"}}]}}}}}}`
 - `narration.json` (9,611 videos): `{{VIDEO: {{"narration_pass_1": {{"narrations":
   [{{"timestamp_sec", "narration_text", "annotation_uid"}}]}}, "narration_pass_2": ...}}}}`;
-  3.85 million narrations by EgoVLP's count.
+  EgoVLP cuts 3,847,723 clips by them.
 
-Other fields are not read. {ego4d_splits.PAGE}
+Other fields are not read.
+
+{ego4d_splits.PAGE}
 **Records.** {_CONVERSATION}
 
 Cleaned: `#C`, `#O`, `#unsure` and other `#` go, so do full stops, commas and spaces at both ends;
@@ -51,8 +53,7 @@ are of the videos of Ego4D, named by their uid.
 **Files.** `refined_narration_stream_train.json` and `refined_narration_stream_val.json`, or one of
 them: `{{VIDEO: {{ANNOTATION_UID: [{{"time": seconds, "text": ...}}]}}}}`. Cleaning and splits have
 been done there: upstream counts 113 thousand streams in both. A video of the validation file is
-dropped from the other. (The released VideoLLM-online was trained on both; its paper's tables come
-from training on one.)
+dropped from the other. (The script of upstream's released model trains on both.)
 
 **Records.** {_CONVERSATION}
 

@@ -44,15 +44,22 @@ LISTS = {
 GROUPS = "goalstep_video_groups.tsv"
 
 PAGE = f"""\
-Which videos train: those that no other benchmark of Ego4D validates or tests on, so that none of
-them is trained on unawares. The rule needs, beside the files above, sixteen files of the same
-download: `BENCHMARK_val.json` and `BENCHMARK_test_unannotated.json` for {", ".join(BENCHMARKS)}
-(and `{GROUPS}` of github.com/facebookresearch/ego4d-goalstep if goalstep names groups of
-videos, `grp-...`). It is an error if one is missing.
+**Splits.** A video that another benchmark of Ego4D validates on is in `validation`, one that it
+tests on in `test`, all others in `train`. That takes sixteen more files of the same download, all
+of them: `BENCHMARK_val.json` and `BENCHMARK_test_unannotated.json` for
 
-Whoever has not got them, or wants another rule, says which videos are which in
-{", ".join(f"`{name}`" for name in LISTS.values())}: each a json
-array of video names. If any of the three exists, only they count, and a video in none is dropped.
+    {" ".join(BENCHMARKS)}
+
+(and `{GROUPS}` of github.com/facebookresearch/ego4d-goalstep, if the files of
+goalstep name groups of videos, `grp-...`). An error says which are missing: nothing is trained on
+unawares.
+
+Whoever has not got them, or wants another rule, writes lists of video names, as json arrays:
+
+    {" ".join(LISTS.values())}
+
+If any of the three is there, only they count, and a video in none of them is dropped. It takes no
+more than the first to train on a few videos of one's own in this layout.
 """
 
 
