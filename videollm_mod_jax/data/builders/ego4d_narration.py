@@ -87,7 +87,7 @@ class _Layout:
 
 
 def _passes(video: Mapping[str, Any]) -> Sequence[tuple[str, ...]]:
-    """Two annotators narrated most videos, some only one, redacted ones none."""
+    """A video may have been narrated by two annotators, by one or by none."""
     names = ("narration_pass_1", "narration_pass_2")
     return [(name, "narrations") for name in names if name in video]
 
