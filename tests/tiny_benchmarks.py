@@ -6,12 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import digits
 from tests import tiny, tiny_stream, tiny_training
-from videollm_mod_jax.data.annotations import Record, Turn
+from videollm_mod_jax.data.annotations import (
+    Dataset,
+    Parsed,
+    Record,
+    Report,
+    Source,
+    Turn,
+    Videos,
+)
+from videollm_mod_jax.data.builders.stored import write_dataset
 from videollm_mod_jax.data.example import Budget
-from videollm_mod_jax.data.features import FeatureMeta
+from videollm_mod_jax.data.features import FeatureMeta, FeatureWriter
 from videollm_mod_jax.data.pipeline import Examples
-from videollm_mod_jax.training.checkpoint import LoadedModel
+from videollm_mod_jax.encode import fingerprint
+from videollm_mod_jax.experiment import plain
+from videollm_mod_jax.training.checkpoint import CONFIG_FILE, LoadedModel, save_model, write_json
 
 FPS = 2.0
 N, W = tiny.CONFIG.tokens_per_frame, tiny.VISION.width
@@ -74,3 +86,63 @@ def loaded_model(seed=0, silence=0.0, end=4.0):
     kernel_DV[:, words.interval_id] = scale * (4 * silence_D + silence * vision_D)
     kernel_DV[:, words.eos_id] = scale * end * end_D
     return LoadedModel(CONFIG, jax.tree.map(jnp.asarray, variables), words, tiny_stream.SYSTEM)
+
+
+DATASETS = {
+    "coin_step": ("labels", ("Cut potato.", "Peel potato.", "Serve.")),
+    "ego4d_lta": ("anticipation", ("verb: take", "verb: put", "noun: dough", "noun: onion")),
+    "ego4d_narration": ("stream", ()),
+}
+"""Kind and labels of the datasets of `write_run`, small ones with the names of public ones."""
+
+
+def records_of(name):
+    """Five records of a dataset, about videos of three frames."""
+    frames = 3
+    for i in range(5):
+        if name == "coin_step":
+            yield asked(f"v{i}", frames, "What?", "Serve.", target={"labels": ["Serve."]})
+        elif name == "ego4d_lta":
+            target = {"verbs": [i % 2] * 20, "nouns": [0] * 20}
+            yield asked(f"v{i}", frames, "And?", "1. Take dough.", target=target)
+        else:
+            turns = (Turn("assistant", 0.5, "A cat sits."), Turn("assistant", 1.0, "Two."))
+            yield Record(id=f"v{i}", video=f"v{i}", start=0.0, stop=frames / FPS, turns=turns)
+
+
+def write_run(directory):
+    """A run whose config evaluates the datasets above; returns its directory."""
+    model = loaded_model(silence=1.0)
+    run, features = directory / "run", directory / "features"
+    tower = fingerprint(model.config, model.variables["params"]["vision"])
+    frames = {f"v{i}": 3 for i in range(5)}
+    with FeatureWriter(features, dataclasses.replace(Features.meta, tower=tower)) as writer:
+        rng = np.random.default_rng(0)
+        for name, count in frames.items():
+            writer.add(name, rng.normal(size=(count, N, W)))
+    sources = {}
+    for name, (kind, labels) in DATASETS.items():
+        split = {"test": list(records_of(name))}
+        parsed = Parsed(splits=split, labels=labels)
+        dataset = Dataset(name=name, page="", read=lambda _, p=parsed: p, benchmark=kind)
+        source = Source(directory, Videos(FPS, frames), 24, Report())
+        records = write_dataset(dataset, source, directory / "datasets")
+        sources[name] = {"weight": 1.0, "records": str(records), "features": str(features)}
+    table = plain(digits.get_config())
+    table["data"] |= {
+        "sources": sources,
+        "draw": None,
+        "frames": BUDGET.frames,
+        "system": tiny_stream.SYSTEM,
+        "text_tokens": BUDGET.text_tokens,
+        "labels": BUDGET.labels,
+    }
+    table["evaluation"] = {
+        "benchmarks": dict.fromkeys(DATASETS, "test"),
+        "around_training": "",
+        "batch_size": 2,
+        "answer_tokens": 6,
+    }
+    save_model(run, model.config, model.variables, model.tokenizer, model.system)
+    write_json(run / CONFIG_FILE, table)
+    return run
