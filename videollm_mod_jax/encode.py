@@ -61,7 +61,7 @@ def encode_folder(
     path: str | os.PathLike[str],
     fps: float,
     workers: int,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int,
 ) -> FeatureSource:
     """Writes the frame tokens of all videos below a directory to a feature store.
 
@@ -258,7 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             encode_split(config, tower, _open(flags.dataset, data_dir, flags.split), flags.out)
             source = FeatureSource(flags.out)
         else:
-            source = encode_folder(config, tower, flags.videos, flags.out, flags.fps, flags.workers)
+            source = encode_folder(
+                config, tower, flags.videos, flags.out, flags.fps, flags.workers, BATCH_SIZE
+            )
         bad.update(source.bad)
         if distributed.is_lead():
             _report(source)
