@@ -5,7 +5,7 @@ import pytest
 
 from tests import tiny_benchmarks, tiny_stream
 from tests.tiny_benchmarks import FPS, N, asked
-from videollm_mod_jax.data.annotations import Record, Turn
+from videollm_mod_jax.data.annotations import Record
 from videollm_mod_jax.data.dialogue import Assistant, Stream, System, User
 from videollm_mod_jax.data.video import Frame
 from videollm_mod_jax.errors import UserError
@@ -50,7 +50,7 @@ def test_a_prompt_is_everything_before_the_last_answer():
         Assistant("Two."),
         Stream(3),
     )
-    before, reference = answers.split_reference(conversation, "x")
+    before, reference = answers.split_reference(conversation)
     assert (before, reference) == (conversation[:5], "Two.")
     prompt = answers.make_prompt(before, words, N)
     text = (
@@ -144,16 +144,13 @@ def test_rows_that_do_not_answer_are_left_as_they_were(model, examples):
     assert grown.tolist() == [said[0], 0, said[2]]
 
 
-def test_a_record_that_nobody_answers_is_refused():
-    turns = (Turn("user", 1.0, "How many?"),)
-    record = Record(id="silent", video="a", start=0.0, stop=1.5, turns=turns)
-    examples = tiny_benchmarks.examples([record], tiny_benchmarks.drawn({"a": 3}))
-    with pytest.raises(UserError, match=r"silent: turns: expected an answer"):
-        list(
-            answers.answer_records(
-                tiny_benchmarks.loaded_model(), examples, [0], GREEDY, batch_size=1
-            )
-        )
+def test_a_record_without_an_answer_is_asked_at_its_end(model, examples):
+    whole = examples.records[0]
+    records = [whole, Record(id="x", video="a", start=0.0, stop=1.5, turns=whole.turns[:1])]
+    both = tiny_benchmarks.examples(records, examples.features)
+    found = list(answers.answer_records(model, both, [0, 1], GREEDY, batch_size=3))
+    assert found[0][1].text == found[1][1].text
+    assert found[0][2] == found[1][2]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from videollm_mod_jax.data.builders.registry import DATASETS
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.evaluation import report, running, samples
 from videollm_mod_jax.evaluation.benchmarks import BENCHMARKS, Marking, taxonomy_of
+from videollm_mod_jax.evaluation.held_out import count_learnt
 from videollm_mod_jax.evaluation.judge import ExactMatch, Verdict
 from videollm_mod_jax.evaluation.running import Subject, narration_scores, parts_of, run_part
 from videollm_mod_jax.models import early_exit, full_computation, layer_skip
@@ -35,7 +36,7 @@ def numbers(kind, cases, labels=(), judge=None):
     rows = []
     for answers, reference, target in cases:
         answers = [answers] if isinstance(answers, str) else answers
-        record = asked("x", 2, answer=reference, target=target)
+        record = asked("x", 2, answer=reference or "", target=target)
         marks = benchmark.mark(record, answers, reference, marking)
         # As they come back from a file.
         rows.append(json.loads(json.dumps({"reference": reference, **marks})))
@@ -132,7 +133,11 @@ def test_of_several_anticipations_the_best_counts():
     assert scores == {"verb": 0.0, "noun": 0.0, "action": 0.0}
     scores, _ = numbers("anticipation", [([wrong, wrong], "", truth)], ACTIONS)
     assert scores == {"verb": 0.5, "noun": 1.0, "action": 1.0}
-    assert (BENCHMARKS["anticipation"].samples, len(rows)) == (5, 1)
+    assert rows[0]["predicted_verbs"] == [[1] * 20, [0, 1] * 10]
+    assert BENCHMARKS["anticipation"].samples == 5
+    # Of a split whose truth only the benchmark's server has.
+    scores, (row,) = numbers("anticipation", [([wrong], None, {})], ACTIONS)
+    assert (scores, row["predicted_nouns"]) == ({}, [[1] * 20])
 
 
 def test_every_dataset_names_a_benchmark_that_there_is():
@@ -188,6 +193,15 @@ def test_rows_hold_what_was_asked_and_answered(subject, tmp_path):
     assert scores == {"accuracy": sum(row["correct"] for row in rows) / 2}
 
 
+def test_a_record_without_a_true_answer_is_refused(subject, tmp_path):
+    one = subject.examples.records[0]
+    records = [dataclasses.replace(one, turns=one.turns[:1])]
+    examples = dataclasses.replace(subject.examples, records=records)
+    (part,) = parts_of("vqa", dataclasses.replace(subject, examples=examples))
+    with pytest.raises(UserError, match=r"a: field 'turns': expected an answer"):
+        run_part(part, examples, "vqa", {}, tmp_path)
+
+
 def test_a_target_that_the_benchmark_cannot_use_names_the_record(subject, tmp_path):
     (part,) = parts_of("yes_no", subject)
     with pytest.raises(UserError, match=r"a: field 'target': .*\('split'\)"):
@@ -224,6 +238,32 @@ def test_rows_are_read_by_any_number_of_processes(tmp_path):
         assert sorted(index for one in read for index in one.rows) == [0, 1, 2]
     with pytest.raises(UserError, match="a is 1 there and 2 now"):
         samples.Samples(tmp_path, "x", {"a": 2}, 0, 1)
+
+
+class Opened:
+    """The datasets of a run, for `count_learnt`."""
+
+    def records(self, name, split):
+        return ()
+
+    def dataset(self, name):
+        return self
+
+    def videos(self, split):
+        return {"train": ("a", "b"), "test": ("c", "d")}[split]
+
+
+def test_learnt_videos_are_found_whatever_dataset_taught_them(tmp_path):
+    manifest = tmp_path / "training_videos.json"
+    splits = {"ego4d_lta": "test"}
+    assert count_learnt(manifest, Opened(), splits, force=False) == {"ego4d_lta": None}
+    manifest.write_text('{"ego4d_lta": ["a", "b"], "ego4d_narration": ["a", "d"]}')
+    with pytest.raises(UserError, match=r"ego4d_lta, split test: 1 of its 2 .* ego4d_narration"):
+        count_learnt(manifest, Opened(), splits, force=False)
+    assert count_learnt(manifest, Opened(), splits, force=True) == {"ego4d_lta": 1}
+    assert count_learnt(manifest, Opened(), {"ego4d_lta": "train"}, force=True) == {"ego4d_lta": 2}
+    manifest.write_text('{"ego4d_lta": ["a", "b"]}')
+    assert count_learnt(manifest, Opened(), splits, force=False) == {"ego4d_lta": 0}
 
 
 def entry(kind, scores, trained_on=0, part="answers", **settings):

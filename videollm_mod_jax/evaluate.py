@@ -30,6 +30,7 @@ from videollm_mod_jax.encode import encode_split, fingerprint
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.evaluation import report as reporting
 from videollm_mod_jax.evaluation import samples
+from videollm_mod_jax.evaluation.held_out import count_learnt
 from videollm_mod_jax.evaluation.judge import ChatJudge, ExactMatch, Judge
 from videollm_mod_jax.evaluation.running import (
     ANSWERS,
@@ -111,7 +112,7 @@ def evaluate(
     out = directory / EVALUATION / (split or "") if out is None else Path(out)
     with distributed.lead_first("dataset"):
         sources = Sources(experiment.data, directory)
-    trained_on = _trained_on(directory, sources, splits, force)
+    trained_on = count_learnt(directory / TRAINING_VIDEOS, sources, splits, force=force)
 
     with distributed.lead_first("report"):
         report = _read_report(out, directory, model)
@@ -188,35 +189,6 @@ def _examples(model: LoadedModel, sources: Sources, name: str, split: str) -> An
     return examples_for(
         model.config, fingerprint(model.config, tower), sources, name, split, model.tokenizer
     )
-
-
-def _trained_on(
-    directory: Path, sources: Sources, splits: Mapping[str, str], force: bool
-) -> dict[str, int | None]:
-    """How many videos of each benchmark the model was trained on; None where nobody knows.
-
-    Raises:
-      UserError: there are some, and `force` is false.
-    """
-    manifest = directory / TRAINING_VIDEOS
-    if not manifest.exists():
-        return dict.fromkeys(splits)
-    trained = read_json(manifest)
-    found = {}
-    for name, split in splits.items():
-        sources.records(name, split)  # refuses an unknown split
-        videos = set(sources.dataset(name).videos(split))
-        # In any dataset: narrations and questions of one video teach the same video.
-        shared = {dataset: sorted(videos.intersection(seen)) for dataset, seen in trained.items()}
-        found[name] = len(set().union(*shared.values()))
-        for dataset, seen in shared.items():
-            if seen and not force:
-                raise UserError(
-                    f"{name}, split {split}: {len(seen)} of its {len(videos)} videos are among "
-                    f"those of {dataset} that the model was trained on, such as {seen[0]!r} "
-                    f"({manifest}); choose another split, or --force, which marks the report"
-                )
-    return found
 
 
 def _read_report(out: Path, directory: Path, model: LoadedModel) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Answers to many prompts: one forward over a batch of prompts, then one loop over new tokens.
 
-A prompt is a conversation up to the last answer, which is the reference. Prompts of one shape are
+A prompt is a conversation up to the last answer, which is the reference, or a whole one that has
+none. Prompts of one shape are
 answered together, in rows that know nothing of each other, and what is drawn at random depends on
 the seed and the record alone; so neither the batch nor the number of processes changes an answer.
 
@@ -68,21 +69,19 @@ class Prompt:
 
 
 def split_reference(
-    conversation: dialogue.Conversation, record: str
-) -> tuple[dialogue.Conversation, str]:
+    conversation: dialogue.Conversation,
+) -> tuple[dialogue.Conversation, str | None]:
     """The messages before the last answer, and its text.
 
     ```
     System User Stream Assistant Stream     ->     System User Stream, the answer's text
+    System User Stream                      ->     System User Stream, None
     ```
-
-    Raises:
-      UserError: nothing is answered.
     """
     for index in range(len(conversation) - 1, -1, -1):
         if isinstance(conversation[index], dialogue.Assistant):
             return conversation[:index], conversation[index].text
-    raise UserError(f"{record}: turns: expected an answer of the assistant, found none")
+    return conversation, None
 
 
 def make_prompt(
@@ -280,7 +279,7 @@ def answer_records(
       of prompts of one shape become full.
 
     Raises:
-      UserError: a record without an answer, or without features.
+      UserError: a record without features.
     """
     video_llm, N = VideoLLM(model.config), model.config.tokens_per_frame
     for shape, group in _grouped(_prompts(examples, indices), N, batch_size):
@@ -292,8 +291,7 @@ def answer_records(
 
 def _prompts(examples: Examples, indices: Iterable[int]) -> Iterator[tuple[int, Prompt]]:
     for index in indices:
-        name = examples.records[index].id
-        before, _ = split_reference(examples.conversation(index), name)
+        before, _ = split_reference(examples.conversation(index))
         yield index, make_prompt(before, examples.tokenizer, examples.tokens_per_frame)
 
 

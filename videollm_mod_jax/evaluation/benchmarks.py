@@ -48,22 +48,26 @@ class Benchmark:
     """A kind of benchmark that asks for answers.
 
     Attributes:
-      mark: (record, answers, reference, marking) to fields of the sample's row.
+      mark: (record, answers, reference, marking) to fields of the sample's row. There is a
+        reference, unless `needs_reference` is false.
       score: rows of all records and the marking to numbers by name.
       samples: answers per record.
       temperature: of sampling; 0 is greedy.
       judged: whether the numbers depend on the judge.
+      needs_reference: whether a record without a true answer is an error. Otherwise the row says
+        what was predicted, for a server that knows the truth.
     """
 
-    mark: Callable[[Record, Sequence[str], str, Marking], dict[str, Any]]
+    mark: Callable[[Record, Sequence[str], str | None, Marking], dict[str, Any]]
     score: Callable[[Sequence[Row], Marking], Scores]
     samples: int = 1
     temperature: float = 0.0
     judged: bool = False
+    needs_reference: bool = True
 
 
 def _mark_labels(
-    record: Record, answers: Sequence[str], reference: str, marking: Marking
+    record: Record, answers: Sequence[str], reference: str | None, marking: Marking
 ) -> dict[str, Any]:
     """COIN and keysteps: a single label is the whole answer, several are its lines."""
     truths = record.target["labels"]
@@ -74,7 +78,7 @@ def _mark_labels(
 
 
 def _mark_steps(
-    record: Record, answers: Sequence[str], reference: str, marking: Marking
+    record: Record, answers: Sequence[str], reference: str | None, marking: Marking
 ) -> dict[str, Any]:
     del reference
     right = labels.steps_correct(answers[0], record.target["labels"], marking.labels)
@@ -90,14 +94,14 @@ def _score_marks(rows: Sequence[Row], marking: Marking) -> Scores:
 
 
 def _mark_exact(
-    record: Record, answers: Sequence[str], reference: str, marking: Marking
+    record: Record, answers: Sequence[str], reference: str | None, marking: Marking
 ) -> dict[str, Any]:
     del record, marking
     return {"correct": exact_match(answers[0], reference)}
 
 
 def _mark_choice(
-    record: Record, answers: Sequence[str], reference: str, marking: Marking
+    record: Record, answers: Sequence[str], reference: str | None, marking: Marking
 ) -> dict[str, Any]:
     """Video-MME, whose target has a class of duration, or ScienceQA."""
     del marking
@@ -122,7 +126,7 @@ def _score_choices(rows: Sequence[Row], marking: Marking) -> Scores:
 
 
 def _mark_yes_no(
-    record: Record, answers: Sequence[str], reference: str, marking: Marking
+    record: Record, answers: Sequence[str], reference: str | None, marking: Marking
 ) -> dict[str, Any]:
     del marking
     said = pope.yes_or_no(answers[0])
@@ -149,7 +153,7 @@ def _score_yes_no(rows: Sequence[Row], marking: Marking) -> Scores:
 
 
 def _mark_mme(
-    record: Record, answers: Sequence[str], reference: str, marking: Marking
+    record: Record, answers: Sequence[str], reference: str | None, marking: Marking
 ) -> dict[str, Any]:
     del marking
     said = mme.yes_no_or_other(answers[0])
@@ -175,7 +179,7 @@ def _score_mme(rows: Sequence[Row], marking: Marking) -> Scores:
 
 
 def _mark_judged(
-    record: Record, answers: Sequence[str], reference: str, marking: Marking
+    record: Record, answers: Sequence[str], reference: str | None, marking: Marking
 ) -> dict[str, Any]:
     question = [turn.text for turn in record.turns if turn.role == "user"][-1]
     verdict = marking.judge.judge(question, reference, answers[0])
@@ -206,20 +210,25 @@ def taxonomy_of(names: tuple[str, ...]) -> Taxonomy:
 
 
 def _mark_actions(
-    record: Record, answers: Sequence[str], reference: str, marking: Marking
+    record: Record, answers: Sequence[str], reference: str | None, marking: Marking
 ) -> dict[str, Any]:
-    del reference
+    """The ids of all attempts, as the benchmark's server takes them, and how near the best is."""
     taxonomy = taxonomy_of(marking.labels)
-    truth = list(zip(record.target["verbs"], record.target["nouns"], strict=True))
     attempts = [parse_actions(answer, taxonomy, ANTICIPATED) for answer in answers]
-    return dataclasses.asdict(edit_distances(attempts, truth, taxonomy))
+    verbs, nouns = ([[pair[i] for pair in attempt] for attempt in attempts] for i in range(2))
+    predicted = {"predicted_verbs": verbs, "predicted_nouns": nouns}
+    if reference is None:
+        return predicted
+    truth = list(zip(record.target["verbs"], record.target["nouns"], strict=True))
+    return predicted | dataclasses.asdict(edit_distances(attempts, truth, taxonomy))
 
 
 def _score_actions(rows: Sequence[Row], marking: Marking) -> Scores:
     del marking
     names = [field.name for field in dataclasses.fields(EditDistances)]
-    clips = (EditDistances(*(row[name] for name in names)) for row in rows)
-    return dataclasses.asdict(mean_edit_distances(clips))
+    known = [row for row in rows if row["reference"] is not None]
+    clips = [EditDistances(*(row[name] for name in names)) for row in known]
+    return dataclasses.asdict(mean_edit_distances(clips)) if clips else {}
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -233,7 +242,11 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "open_qa": Benchmark(mark=_mark_judged, score=_score_judged, judged=True),
     # Best of five, as published; upstream takes them from a beam, here they are drawn.
     "anticipation": Benchmark(
-        mark=_mark_actions, score=_score_actions, samples=ATTEMPTS, temperature=1.0
+        mark=_mark_actions,
+        score=_score_actions,
+        samples=ATTEMPTS,
+        temperature=1.0,
+        needs_reference=False,
     ),
 }
 """By the name that `annotations.Dataset.benchmark` gives."""

@@ -155,7 +155,7 @@ def _answers(benchmark: Benchmark, subject: Subject) -> Part:
         )
         for index, prompt, answers in _track(answered, ANSWERS, indices):
             record = examples.records[index]
-            _, reference = split_reference(examples.conversation(index), record.id)
+            _, reference = split_reference(examples.conversation(index))
             said = {"answers": list(answers)} if len(answers) > 1 else {"answer": answers[0]}
             row = {"prompt": prompt.text, **said, "reference": reference}
             marks = _mark(benchmark, record, answers, reference, marking)
@@ -170,8 +170,17 @@ def _answers(benchmark: Benchmark, subject: Subject) -> Part:
 
 
 def _mark(
-    benchmark: Benchmark, record: Record, answers: Sequence[str], reference: str, marking: Marking
+    benchmark: Benchmark,
+    record: Record,
+    answers: Sequence[str],
+    reference: str | None,
+    marking: Marking,
 ) -> dict[str, Any]:
+    if reference is None and benchmark.needs_reference:
+        raise UserError(
+            f"{record.id}: field 'turns': expected an answer of the assistant, found none; choose "
+            "a split whose answers are published"
+        )
     try:
         return benchmark.mark(record, answers, reference, marking)
     except UserError:
