@@ -187,13 +187,19 @@ def test_json_annotations_are_checked_one_by_one(tmp_path):
         {"video": ["kitchen"], "time": 2, "text": "x"},
         {"video": "kitchen", "time": 3, "role": None, "split": None, "text": "y"},
         {"video": "kitchen", "time": 4, "role": 3, "text": "y"},
+        {"video": "kitchen", "time": 5, "text": "half a pair: \ud83d"},
         "kitchen",
     ]
     (tmp_path / "annotations.json").write_text(json.dumps(rows))
     where = source(tmp_path)
     (record,) = read(where)["train"]
     assert [turn.time for turn in record.turns] == [1.0, 3.0]
-    assert where.report.dropped == {"wrong type": 3, "bad time": 1, "not an object": 1}
+    assert where.report.dropped == {
+        "wrong type": 3,
+        "bad time": 1,
+        "reserved text": 1,
+        "not an object": 1,
+    }
     assert where.report.examples["wrong type"][0] == (
         "annotations.json: annotation 1: field 'time': expected int or float, found True"
     )

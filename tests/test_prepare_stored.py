@@ -201,10 +201,7 @@ def test_nothing_to_write_says_what_was_dropped(tmp_path):
     for number in range(3):
         where.report.drop("unknown video", f"f.json: annotation {number}", "found 'x'")
     where.report.drop("bad time", "f.json: annotation 3")
-    message = (
-        "no annotation of toy can be used; 4 dropped, 3 of them for 'unknown video', such as "
-        "f.json: annotation 0: found 'x'"
-    )
+    message = "no annotation of toy can be used; 4 were dropped, 3 of them for 'unknown video'$"
     with pytest.raises(UserError, match=message):
         stored.write_dataset(dataset(train=()), where, tmp_path / "out")
     assert not (tmp_path / "out").exists()

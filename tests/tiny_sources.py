@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tests import tiny_coin, tiny_ego4d, tiny_egoexo4d, tiny_qa
 from videollm_mod_jax.data.annotations import Videos
+from videollm_mod_jax.data.builders import coin
 
 OWN_CSV = """\
 video,time,role,text,split
@@ -22,5 +24,15 @@ def own(directory: Path) -> Videos:
     return Videos(2.0, {"kitchen": 20, "monday/street": 12})
 
 
-SOURCES: Mapping[str, Callable[[Path], Videos]] = {"own": own}
+def _framed(write: Callable[[Path], Mapping[str, int]]) -> Callable[[Path], Videos]:
+    return lambda directory: Videos(tiny_qa.FPS, write(directory))
+
+
+SOURCES: Mapping[str, Callable[[Path], Videos]] = {
+    **tiny_ego4d.SOURCES,
+    **dict.fromkeys((dataset.name for dataset in coin.DATASETS), tiny_coin.small_source),
+    "egoexo4d_keystep": tiny_egoexo4d.small_source,
+    **{name: _framed(write) for name, write in tiny_qa.WRITERS.items()},
+    "own": own,
+}
 """Each writes a source into an empty directory and returns the videos that it is about."""

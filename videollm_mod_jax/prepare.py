@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from videollm_mod_jax import cli
 from videollm_mod_jax.data.annotations import Report, Source
@@ -38,13 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.list:
-        for name, dataset in registry.DATASETS.items():
-            prose = (line for line in dataset.page.splitlines() if line and line[0] != "#")
-            print(f"{name:<28}{next(prose)}")
+        _print_names()
     elif arguments.page is not None:
         print(registry.find_dataset(arguments.page).page)
     else:
         _prepare(arguments)
+
+
+def _print_names() -> None:
+    table = Table.grid("name", "summary", padding=(0, 2))
+    for name, dataset in registry.DATASETS.items():
+        paragraphs = (p for p in dataset.page.split("\n\n") if p and p[0] != "#")
+        table.add_row(name, Text(" ".join(next(paragraphs).split())))
+    Console().print(table)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -85,8 +92,12 @@ def _print_report(report: Report) -> None:
     for reason, count in report.dropped.most_common():
         print(f"  {count:>9,}  {reason}")
         for example in report.examples[reason]:
-            # It may quote half of a surrogate pair, which no terminal can show.
-            print(f"{'':>13}{example.encode(errors='backslashreplace').decode()}")
+            print(f"{'':>13}{_printable(example)}")
+
+
+def _printable(text: str) -> str:
+    """On one line, for any terminal: damaged files hold line ends and half surrogate pairs."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _print_splits(splits: Mapping[str, Split]) -> None:

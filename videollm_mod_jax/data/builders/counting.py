@@ -82,16 +82,17 @@ def check_record(record: Record, videos: Videos) -> None:
         )
     dialogue.conversation_of(record, videos.fps, system="")
     for text in (record.id, *(turn.text for turn in record.turns)):
-        if dialogue.PLACEHOLDER in text or not _is_unicode(text):
+        if not can_be_said(text):
             raise UserError(
                 f"{shown(record.id)}: expected texts without {dialogue.PLACEHOLDER!r} and lone "
                 f"surrogates, found {shown(text)}"
             )
 
 
-def _is_unicode(text: str) -> bool:
+def can_be_said(text: str) -> bool:
+    """Whether a dialogue can hold a text: not with `<v>`, nor with half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return dialogue.PLACEHOLDER not in text

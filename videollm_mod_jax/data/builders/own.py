@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from videollm_mod_jax.data import dialogue
 from videollm_mod_jax.data.annotations import (
     Dataset,
     FieldError,
@@ -25,6 +24,7 @@ from videollm_mod_jax.data.annotations import (
     shown,
     text_field,
 )
+from videollm_mod_jax.data.builders.counting import can_be_said
 from videollm_mod_jax.data.builders.cutting import cut
 from videollm_mod_jax.data.video_folder import IMAGES, VIDEOS
 from videollm_mod_jax.errors import UserError
@@ -71,8 +71,9 @@ a space. What it says after the last frame but before the end of the video comes
 
 **Dropped**, and counted: an annotation with a field that is missing, empty or malformed; one whose
 video has no features, or ends before it; one with another split than the first of its video; one
-that is there already; a text with `<v>`, which marks the place of vision in a dialogue; a question
-without an answer; question and answer more than `max_frames` frames apart.
+that is there already; a text with `<v>`, which marks the place of vision in a dialogue, or half of a
+surrogate pair; a question without an answer; question and answer more than `max_frames` frames
+apart.
 """
 
 _FILES = ("annotations.csv", "annotations.json")
@@ -200,11 +201,11 @@ def _row(fields: Any, where: str, videos: Videos) -> _Row:
             f"expected a video of the features, found {shown(fields['video'])}",
         )
     text = text_field(fields, "text", where)
-    if dialogue.PLACEHOLDER in text:
+    if not can_be_said(text):
         raise FieldError(
             "reserved text",
             f"{where}: field 'text'",
-            f"expected no {dialogue.PLACEHOLDER!r}, found {shown(text)}",
+            f"expected no '<v>' and no half of a surrogate pair, found {shown(text)}",
         )
     role = _choice(fields, "role", _ROLES, where)
     split = _choice(fields, "split", _SPLITS, where)

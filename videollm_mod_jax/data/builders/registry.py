@@ -1,34 +1,38 @@
 """The datasets that can be prepared, by name."""
 
-import importlib
-import importlib.util
 from collections.abc import Mapping
 
 from videollm_mod_jax.data.annotations import Dataset
+from videollm_mod_jax.data.builders import (
+    coin,
+    ego4d_goalstep,
+    ego4d_lta,
+    ego4d_narration,
+    egoexo4d,
+    image_qa,
+    llava_instruct,
+    own,
+    video_qa,
+    videomme,
+)
 from videollm_mod_jax.errors import UserError
 
-_NAMES = (
-    "ego4d_narration",
-    "ego4d_goalstep",
-    "ego4d_lta",
-    "coin",
-    "egoexo4d",
-    "llava_instruct",
-    "video_qa",
-    "videomme",
-    "image_qa",
-    "own",
+_MODULES = (
+    own,
+    ego4d_narration,
+    ego4d_goalstep,
+    ego4d_lta,
+    coin,
+    egoexo4d,
+    llava_instruct,
+    videomme,
+    video_qa,
+    image_qa,
 )
 
-
-def _load(name):
-    try:
-        return importlib.import_module(f"videollm_mod_jax.data.builders.{name}").DATASETS
-    except (ImportError, AttributeError, SyntaxError, NameError):
-        return ()
-
-
-DATASETS: Mapping[str, Dataset] = {d.name: d for name in _NAMES for d in _load(name)}
+DATASETS: Mapping[str, Dataset] = {
+    dataset.name: dataset for module in _MODULES for dataset in module.DATASETS
+}
 """Every dataset, by name."""
 
 

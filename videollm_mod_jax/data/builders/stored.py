@@ -236,12 +236,11 @@ def _read(dataset: Dataset, source: Source) -> tuple[tuple[str, ...], dict[str, 
     splits = {name: CountedSplit(records, source.videos) for name, records in parsed.splits.items()}
     splits = {name: split for name, split in splits.items() if not split.empty}
     if not splits:
-        report = source.report
+        dropped = source.report.dropped
         found = "there is none"
-        if report.dropped:
-            reason, count = report.dropped.most_common(1)[0]
-            found = f"{report.dropped.total()} dropped, {count} of them for {reason!r}, such as "
-            found += report.examples[reason][0]
+        if dropped:
+            reason, count = dropped.most_common(1)[0]
+            found = f"{dropped.total():,} were dropped, {count:,} of them for {reason!r}"
         raise UserError(f"{source.directory}: no annotation of {dataset.name} can be used; {found}")
     return parsed.labels, splits
 
