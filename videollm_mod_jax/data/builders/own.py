@@ -71,9 +71,9 @@ a space. What it says after the last frame but before the end of the video comes
 
 **Dropped**, and counted: an annotation with a field that is missing, empty or malformed; one whose
 video has no features, or ends before it; one with another split than the first of its video; one
-that is there already; a text with `<v>`, which marks the place of vision in a dialogue, or half of a
-surrogate pair; a question without an answer; question and answer more than `max_frames` frames
-apart.
+that is there already; a text with `<v>`, which marks the place of vision in a dialogue, or with
+half of a surrogate pair; a question without an answer; question and answer more than `max_frames`
+frames apart.
 """
 
 _FILES = ("annotations.csv", "annotations.json")
