@@ -101,6 +101,30 @@ def test_a_question_before_the_first_frame_follows_the_system_text(model, monkey
     assert script.ids == words.encode(rendered.text).ids.tolist()
 
 
+def test_a_request_is_put_after_the_first_frame_and_answered_with_it(model, monkeypatch):
+    watching = make_session(model, request=f" {tiny_stream.QUESTION} ")
+    # Whether it speaks at the first frame is not asked.
+    script = Script(monkeypatch, model.tokenizer, speaks=[False, True], answers=[A, B])
+    assert watching.see(frame(0.0)) == Answer(0.0, A)
+    assert watching.see(frame(0.5)) is None
+    assert watching.see(frame(1.0)) == Answer(1.0, B)
+    conversation = (
+        System(tiny_stream.SYSTEM),
+        Stream(1),
+        User(tiny_stream.QUESTION),
+        Assistant(A),
+        Stream(2),
+        Assistant(B),
+    )
+    N, words = model.config.tokens_per_frame, model.tokenizer
+    rendered = dialogue.render(conversation, N, words.bos, words.eos)
+    assert script.ids == words.encode(rendered.text).ids.tolist()
+    with pytest.raises(UserError, match="request: the text contains the reserved"):
+        make_session(model, request="what is <v>")
+    with pytest.raises(UserError, match="question: expected a text"):
+        make_session(model, request=" ")
+
+
 def test_threshold_one_always_answers_and_nothing_is_compiled_during_a_stream(model):
     live = make_session(model, silence_threshold=1.0)
     functions = (engine.encode, engine.append_text, engine.append_frame, engine.generate)

@@ -163,6 +163,7 @@ def _run(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         system=arguments.system,
+        request=arguments.request,
         seed=arguments.seed,
     )
     decode_times: list[float] = []
@@ -228,6 +229,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-frames", type=int, default=1200, help="frames that the caches have room for")
     add("--max-text-tokens", type=int, default=4096, help="text tokens that they have room for")
     add("--max-new-tokens", type=int, default=64, help="longest answer")
+    add("--request", metavar="TEXT", help="ask this after the first frame; models that learnt from "
+        "Ego4D expect it (prepare --page ego4d_narration)")  # fmt: skip
     add("--system", help="instruction that opens the dialogue; by default that of the training")
     return parser
 

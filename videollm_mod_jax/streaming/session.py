@@ -79,6 +79,7 @@ class StreamingSession:
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         system: str | None = None,
+        request: str | None = None,
         seed: int = 0,
     ):
         """Compiles the model and allocates its caches, which never grow.
@@ -92,6 +93,8 @@ class StreamingSession:
           max_new_tokens: longest answer, with its eos; a longer one is cut.
           temperature: 0 is greedy, more samples.
           system: the instruction that opens the dialogue; None is the one of the training.
+          request: what the user asks after the first frame, whose answer that frame brings. Models
+            that learnt narration from Ego4D expect to be asked for it so.
           seed: of sampling.
 
         Raises:
@@ -117,6 +120,7 @@ class StreamingSession:
         self._answer_prompt = self._encode(dialogue.ANSWER_PROMPT)
         system = model.system if system is None else system
         self._check_text("system", system)
+        self._request = [] if request is None else self._request_ids(request)
         # One piece with what follows it; empty once it was said.
         self._opening = dialogue.opening(system, self._tokenizer.bos)
         self._stream_open = False
@@ -172,9 +176,11 @@ class StreamingSession:
         self._append_frame(prefix, features_BNW)
         self._opening, self._stream_open = "", True
         self._time = self._frame_time = frame.time
-        speaks = self._speaks()
+        request, self._request = self._request, []
+        speaks = bool(request) or self._speaks()
         decided = perf_counter()
-        answer = self._answer(self._answer_prompt, padded=False) if speaks else None
+        prompt = request or self._answer_prompt
+        answer = self._answer(prompt, padded=bool(request)) if speaks else None
         generated = perf_counter() if speaks else decided
         self.timings.append(FrameTiming(encoded - began, decided - encoded, generated - decided))
         return answer
@@ -206,6 +212,10 @@ class StreamingSession:
         self._opening, self._time = "", time
         return self._answer(ids, padded=True)
 
+    def _request_ids(self, request: str) -> list[int]:
+        self._check_text("request", request)
+        return self._encode(dialogue.question_prompt(request.strip(), stream_open=True))
+
     def _check_frame(self, frame: Frame) -> None:
         image = frame.image
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -231,7 +241,8 @@ class StreamingSession:
     def _room_for_frame(self, prefix: Sequence[int]) -> int:
         """Text tokens that a frame may take: any frame may be answered, and no answer is cut."""
         padded = engine.bucket(len(prefix)) if self._opening else len(prefix)
-        return padded + len(self._answer_prompt) + self._max_new_tokens
+        prompt = engine.bucket(len(self._request)) if self._request else len(self._answer_prompt)
+        return padded + prompt + self._max_new_tokens
 
     def _check_room(self, *, frames: int, text: int) -> None:
         if self._frames + frames > self._max_frames:
@@ -296,6 +307,8 @@ class StreamingSession:
         self._append_frame(self._encode(dialogue.STREAM_OPEN), features_BNW)
         self._speaks()
         self._append_text(self._answer_prompt, padded=False)
+        if self._request:
+            self._append_text(self._request)
         # The answer is eos at once: one step of the loop is enough.
         logits_1V = jnp.full_like(self._state.logits_BV, -jnp.inf)
         logits_1V = logits_1V.at[:, self._tokenizer.eos_id].set(0.0)
