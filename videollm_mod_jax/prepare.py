@@ -25,8 +25,8 @@ from videollm_mod_jax.data.builders.stored import Split, check_dataset, open_dat
 from videollm_mod_jax.data.features import FeatureSource
 from videollm_mod_jax.errors import UserError
 
-MAX_FRAMES = 1200
-"""Ten minutes at 2 fps, the longest stretch that VideoLLM-online (its v1+) trains on."""
+MAX_FRAMES = 600
+"""Five minutes at 2 fps: `data.frames` of configs/ego4d_narration.py."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,7 +128,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="F",
         default=MAX_FRAMES,
-        help="frames of the longest record; longer videos are cut (default: %(default)s)",
+        help="frames of the longest record, data.frames of the config that will use it; the page "
+        "of the dataset says what becomes of longer videos (default: %(default)s)",
     )
     add("--check", action="store_true", help="read everything and report, but write nothing")
     return parser
