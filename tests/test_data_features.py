@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import pickle
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from videollm_mod_jax.data.feature_shards import (
     FeatureMeta,
     ShardWriter,
     join_shards,
+    read_shard_index,
     shard_name,
 )
 from videollm_mod_jax.data.features import FeatureSource, FeatureWriter
@@ -199,6 +203,47 @@ def test_a_store_that_is_not_whole_is_refused(tmp_path):
     (tmp_path / "f" / "index.json").write_text("{")
     with pytest.raises(UserError, match="f: not a feature store"):
         FeatureSource(tmp_path / "f")
+
+
+def test_damage_is_named(tmp_path):
+    write(tmp_path / "f")
+    shard = tmp_path / "f" / shard_name(0, 1)
+    data = shard.read_bytes()
+    for damaged in (
+        data[: len(data) // 2],
+        data[:9000] + b"\0" * 5000 + data[14000:],
+        b"",
+    ):
+        shard.write_bytes(damaged)
+        source = FeatureSource(tmp_path / "f")
+        with pytest.raises(UserError, match="f: c: the stored features are damaged") as caught:
+            source.read("c")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="array_record is damaged"):
+        read_shard_index(shard)
+
+
+FULL = """
+import resource, signal, sys
+import numpy as np
+from videollm_mod_jax.data.features import FeatureMeta, FeatureWriter
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    with FeatureWriter(sys.argv[1], FeatureMeta(3, 4, 2.0, 48, "abc")) as writer:
+        writer.add("a", np.zeros((9999, 3, 4)))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    command = [sys.executable, "-c", FULL, tmp_path / "f"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert re.search(r"array_record cannot be written: .*File too large.*\n", done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bfloat16_is_stored_exactly():

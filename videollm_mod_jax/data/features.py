@@ -94,7 +94,7 @@ class FeatureSource:
           (F, N, W) float16.
 
         Raises:
-          UserError: the store does not hold the video or these frames of it.
+          UserError: the store does not hold the video or these frames of it, or is damaged.
         """
         if name not in self._first:
             why = self.bad.get(name, "no such video was encoded")
@@ -110,10 +110,17 @@ class FeatureSource:
         records_F, rows_F = np.divmod(numbers_F, self._frames_per_record)
         shape = (-1, self.meta.features_per_frame, self.meta.width)
         features_FNW = np.empty((len(numbers_F), *shape[1:]), np.float16)
-        for record in np.unique(records_F):
-            stored = self._records[self._first[name] + record]
-            here_F = records_F == record
-            features_FNW[here_F] = np.frombuffer(stored, np.float16).reshape(shape)[rows_F[here_F]]
+        try:
+            for record in np.unique(records_F):
+                stored = self._records[self._first[name] + record]
+                stored_FNW = np.frombuffer(stored, np.float16).reshape(shape)
+                here_F = records_F == record
+                features_FNW[here_F] = stored_FNW[rows_F[here_F]]
+        except (RuntimeError, ValueError, IndexError, OSError) as error:
+            raise UserError(
+                f"{self.path}: {name}: the stored features are damaged ({error}); encode the "
+                "videos again"
+            ) from error
         return features_FNW
 
 
