@@ -11,7 +11,7 @@ from videollm_mod_jax.data.annotations import Dataset, Parsed, Record, Report, S
 from videollm_mod_jax.data.builders.stored import write_dataset
 from videollm_mod_jax.data.config import DataConfig, DrawConfig, SourceConfig
 from videollm_mod_jax.data.features import FeatureWriter
-from videollm_mod_jax.data.sources import Sources, check_stored
+from videollm_mod_jax.data.sources import Sources, check_stored, merge_stretches
 from videollm_mod_jax.data.tokenizer import train_bpe
 from videollm_mod_jax.errors import UserError
 
@@ -104,10 +104,16 @@ def test_a_dataset_without_weight_is_opened_and_not_learnt_from(root, tmp_path):
     sources = Sources(config(root, ego4d_narration=1.0, coin_step=0.0), tmp_path)
     assert sources.names == ("ego4d_narration", "coin_step")
     assert sources.trained == ("ego4d_narration",)
-    assert sources.training_videos() == {
-        "ego4d_narration": [f"ego4d_narration-{i}" for i in range(6)]
+    assert sources.training_stretches() == {
+        "ego4d_narration": {f"ego4d_narration-{i}": [[0.0, SECONDS]] for i in range(6)}
     }
     assert len(examples(sources, "coin_step", "validation")) == 1
+
+
+def test_drawn_example_of_merged_stretches():
+    stretches = [("a", 0, 10), ("a", 20, 30), ("b", 0, 5), ("a", 8, 15)]
+    records = [Record(id="", video=v, start=a, stop=b, turns=()) for v, a, b in stretches]
+    assert merge_stretches(records) == {"a": [[0, 15], [20, 30]], "b": [[0, 5]]}
 
 
 def test_what_is_missing_or_misnamed_is_refused(root, tmp_path):

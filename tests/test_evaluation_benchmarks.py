@@ -7,6 +7,7 @@ import pytest
 
 from tests import tiny_benchmarks
 from tests.tiny_benchmarks import asked
+from videollm_mod_jax.data.annotations import Record
 from videollm_mod_jax.data.builders.registry import DATASETS
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.evaluation import report, running, samples
@@ -241,29 +242,32 @@ def test_rows_are_read_by_any_number_of_processes(tmp_path):
 
 
 class Opened:
-    """The datasets of a run, for `count_learnt`."""
+    """The datasets of a run, for `count_learnt`: 10 seconds of two videos per split."""
 
     def records(self, name, split):
-        return ()
-
-    def dataset(self, name):
-        return self
-
-    def videos(self, split):
-        return {"train": ("a", "b"), "test": ("c", "d")}[split]
+        videos = {"train": ("a", "b"), "test": ("c", "d")}[split]
+        return [Record(id=v, video=v, start=5.0, stop=15.0, turns=()) for v in videos]
 
 
 def test_learnt_videos_are_found_whatever_dataset_taught_them(tmp_path):
-    manifest = tmp_path / "training_videos.json"
+    manifest = tmp_path / "trained_on.json"
     splits = {"ego4d_lta": "test"}
     assert count_learnt(manifest, Opened(), splits, force=False) == {"ego4d_lta": None}
-    manifest.write_text('{"ego4d_lta": ["a", "b"], "ego4d_narration": ["a", "d"]}')
+    learnt = {"a": [[0, 30]], "b": [[0, 3], [14.5, 20]]}
+    narrated = {"a": [[0, 30]], "d": [[0, 6]]}
+    manifest.write_text(json.dumps({"ego4d_lta": learnt, "ego4d_narration": narrated}))
     with pytest.raises(UserError, match=r"ego4d_lta, split test: 1 of its 2 .* ego4d_narration"):
         count_learnt(manifest, Opened(), splits, force=False)
     assert count_learnt(manifest, Opened(), splits, force=True) == {"ego4d_lta": 1}
     assert count_learnt(manifest, Opened(), {"ego4d_lta": "train"}, force=True) == {"ego4d_lta": 2}
-    manifest.write_text('{"ego4d_lta": ["a", "b"]}')
+    manifest.write_text(json.dumps({"ego4d_lta": learnt}))
     assert count_learnt(manifest, Opened(), splits, force=False) == {"ego4d_lta": 0}
+
+
+def test_other_stretches_of_a_learnt_video_are_not_learnt(tmp_path):
+    manifest = tmp_path / "trained_on.json"
+    manifest.write_text(json.dumps({"ego4d_lta": {"c": [[0, 5], [15, 20]], "d": [[20, 30]]}}))
+    assert count_learnt(manifest, Opened(), {"ego4d_lta": "test"}, force=False) == {"ego4d_lta": 0}
 
 
 def entry(kind, scores, trained_on=0, part="answers", **settings):

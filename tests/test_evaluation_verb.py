@@ -13,7 +13,7 @@ from videollm_mod_jax.data.sources import Sources
 from videollm_mod_jax.evaluation import running
 from videollm_mod_jax.experiment import Experiment, plain
 from videollm_mod_jax.models import VideoLLM, init_variables
-from videollm_mod_jax.train import TRAINING_VIDEOS
+from videollm_mod_jax.train import TRAINED_ON
 from videollm_mod_jax.training.checkpoint import CONFIG_FILE, save_model, write_json
 
 DIGITS = pathlib.Path(__file__).parent.parent / "configs" / "digits.py"
@@ -41,7 +41,7 @@ def run(tmp_path_factory):
     variables = init(VideoLLM(model), jax.random.key(0))
     save_model(directory, model, variables, tokenizer, experiment.data.system)
     write_json(directory / CONFIG_FILE, plain(config))
-    write_json(directory / TRAINING_VIDEOS, sources.training_videos())
+    write_json(directory / TRAINED_ON, sources.training_stretches())
     return directory
 
 
@@ -138,7 +138,7 @@ def test_videos_that_were_learnt_are_refused_unless_forced(run, tmp_path, capsys
     assert report["benchmarks"]["digits_stream"]["trained_on"] == 3
     for text in (capsys.readouterr().out, (forced / "report.md").read_text()):
         assert "†" in text
-        assert "3 of its videos are among those" in text
+        assert "3 of its videos show" in text
     assert not (forced / SELF_CONDITIONED).exists()
 
 

@@ -42,7 +42,7 @@ from videollm_mod_jax.evaluation.running import (
 )
 from videollm_mod_jax.experiment import Experiment, examples_for, plain
 from videollm_mod_jax.streaming.triggers import check_threshold
-from videollm_mod_jax.train import TRAINING_VIDEOS
+from videollm_mod_jax.train import TRAINED_ON
 from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.checkpoint import (
     CONFIG_FILE,
@@ -112,7 +112,7 @@ def evaluate(
     out = directory / EVALUATION / (split or "") if out is None else Path(out)
     with distributed.lead_first("dataset"):
         sources = Sources(experiment.data, directory)
-    trained_on = count_learnt(directory / TRAINING_VIDEOS, sources, splits, force=force)
+    trained_on = count_learnt(directory / TRAINED_ON, sources, splits, force=force)
 
     with distributed.lead_first("report"):
         report = _read_report(out, directory, model)

@@ -57,7 +57,7 @@ from videollm_mod_jax.training.tower import TowerConfig, pretrain_tower
 TOWER = "tower"
 HELD_OUT = "held_out.mp4"
 EVALUATION = "evaluation.json"
-TRAINING_VIDEOS = "training_videos.json"
+TRAINED_ON = "trained_on.json"
 VALIDATION = "validation"
 SAMPLES = "samples.jsonl"
 
@@ -96,7 +96,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, profile_steps:
     start = _Start.prepare(experiment, sources, workdir, console)
     model, tokenizer, tower = start.model, start.tokenizer, start.tower
     if distributed.is_lead():
-        checkpoint.write_json(workdir / TRAINING_VIDEOS, sources.training_videos())
+        checkpoint.write_json(workdir / TRAINED_ON, sources.training_stretches())
     tower_name = fingerprint(model, tower)
 
     def examples(name: str, split: str, training: bool = False) -> Examples:

@@ -8,7 +8,7 @@ All other datasets lie where the config says.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +191,27 @@ class Sources:
         epoch = sum(self._share(name) for name in self.trained)
         return math.ceil(self.config.epochs * epoch / self.config.batch_size)
 
-    def training_videos(self) -> dict[str, list[str]]:
-        """The videos that are learnt from, by dataset."""
-        return {name: sorted(set(self.dataset(name).videos(TRAIN))) for name in self.trained}
+    def training_stretches(self) -> dict[str, dict[str, list[list[float]]]]:
+        """What of every video is learnt from, by dataset and video: [start, stop] in seconds.
+
+        ```
+        records  a 0-10, a 20-30, b 0-5, a 8-15    ->   {a: [[0, 15], [20, 30]], b: [[0, 5]]}
+        ```
+        """
+        return {name: merge_stretches(self.dataset(name).records(TRAIN)) for name in self.trained}
 
     def _share(self, name: str) -> float:
         """How many examples of a dataset an epoch holds."""
         return self.config.sources[name].weight * len(self.records(name, TRAIN))
+
+
+def merge_stretches(records: Iterable[Record]) -> dict[str, list[list[float]]]:
+    """The stretches of records by video, those that overlap or touch made one, in order of time."""
+    merged: dict[str, list[list[float]]] = {}
+    for record in sorted(records, key=lambda record: (record.video, record.start)):
+        stretches = merged.setdefault(record.video, [])
+        if stretches and record.start <= stretches[-1][1]:
+            stretches[-1][1] = max(stretches[-1][1], record.stop)
+        else:
+            stretches.append([record.start, record.stop])
+    return merged

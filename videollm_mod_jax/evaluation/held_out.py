@@ -1,23 +1,26 @@
 """Were the videos of a benchmark among those that the model was trained on?"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from videollm_mod_jax.data.sources import Sources
+from videollm_mod_jax.data.sources import Sources, merge_stretches
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.training.checkpoint import read_json
+
+Stretches = Mapping[str, Sequence[Sequence[float]]]
 
 
 def count_learnt(
     manifest: Path, sources: Sources, splits: Mapping[str, str], *, force: bool
 ) -> dict[str, int | None]:
-    """How many videos of each benchmark the model was trained on.
+    """How many videos of each benchmark show what the model was trained on.
 
     A video counts whatever the dataset that it was learnt from: narrations and questions of one
-    video teach the same video. It is known by its name in the feature store.
+    video teach the same video. It is known by its name in the feature store. Other stretches of it
+    do not count, since Ego4D's own splits of action anticipation share videos and no clips.
 
     Args:
-      manifest: the videos that were learnt, by dataset, as `train` writes them.
+      manifest: what was learnt, as `train` writes it: `Sources.training_stretches`.
       sources: the datasets of the benchmarks.
       splits: of the benchmarks, by name of the dataset.
       force: whether learnt videos are only counted.
@@ -33,15 +36,27 @@ def count_learnt(
     learnt = read_json(manifest)
     counts: dict[str, int | None] = {}
     for name, split in splits.items():
-        sources.records(name, split)  # refuses an unknown split
-        videos = set(sources.dataset(name).videos(split))
-        shared = {dataset: sorted(videos.intersection(seen)) for dataset, seen in learnt.items()}
+        asked = merge_stretches(sources.records(name, split))
+        shared = {dataset: _shown_again(asked, seen) for dataset, seen in learnt.items()}
         counts[name] = len(set().union(*shared.values()))
         for dataset, seen in shared.items():
             if seen and not force:
                 raise UserError(
-                    f"{name}, split {split}: {len(seen)} of its {len(videos)} videos are among "
-                    f"those of {dataset} that the model was trained on, such as {seen[0]!r} "
+                    f"{name}, split {split}: {len(seen)} of its {len(asked)} videos show "
+                    f"what the model was trained on in {dataset}, such as {seen[0]!r} "
                     f"({manifest}); choose another split, or --force, which marks the report"
                 )
     return counts
+
+
+def _shown_again(asked: Stretches, learnt: Stretches) -> list[str]:
+    """The videos of which some moment is in both."""
+    return sorted(
+        video
+        for video in asked.keys() & learnt.keys()
+        if any(
+            start < seen_stop and seen_start < stop
+            for start, stop in asked[video]
+            for seen_start, seen_stop in learnt[video]
+        )
+    )

@@ -233,7 +233,7 @@ def _notes(name: str, found: Mapping[str, Any]) -> Iterable[str]:
             yield f"{name}: judge: {judge}."
     if found["trained_on"]:
         yield (
-            f"{_TRAINED_ON} {name}: {found['trained_on']} of its videos are among those that the "
+            f"{_TRAINED_ON} {name}: {found['trained_on']} of its videos show what the "
             "model was trained on (--force)."
         )
 
