@@ -94,21 +94,25 @@ def test_samples_differ_and_follow_from_the_seed(model, examples):
     assert sum(len(set(texts)) == 3 for texts in drawn.values()) > 3
     other = Decoding(max_new_tokens=T, temperature=1.0, samples=3, seed=6)
     assert said(model, examples, other, 3) != drawn
+    # Nothing is left of a sample when the next is drawn: next to no chance is no chance.
+    cold = Decoding(max_new_tokens=T, temperature=1e-5, samples=2, seed=5)
+    greedy = said(model, examples, GREEDY, 3)
+    assert said(model, examples, cold, 3) == {i: texts * 2 for i, texts in greedy.items()}
     # The first of one sample is the first of three: what is drawn later does not reach back.
     one = Decoding(max_new_tokens=T, temperature=1.0, samples=1, seed=5)
     assert said(model, examples, one, 3) == {i: texts[:1] for i, texts in drawn.items()}
 
 
 def test_greedy_answers_equal_those_of_a_live_session():
-    # So silent that the session says nothing unasked.
+    # So silent that the session says nothing unasked; nine frames are padded to ten.
     model = tiny_benchmarks.loaded_model(silence=5.0)
     video_llm, size = VideoLLM(model.config), model.config.vision.image_size
     rng = np.random.default_rng(0)
     videos, records, live = {}, [], []
-    for name, frames, question in (("x", 3, "How many?"), ("y", 3, "And?"), ("z", 3, "Where?")):
+    for name, frames, question in (("x", 9, "How many?"), ("y", 9, "And?"), ("z", 9, "Where?")):
         images = rng.integers(0, 256, (frames, size, size, 3), dtype=np.uint8)
         session = StreamingSession(
-            model, max_frames=8, max_text_tokens=256, max_new_tokens=T, silence_threshold=None
+            model, max_frames=9, max_text_tokens=256, max_new_tokens=T, silence_threshold=None
         )
         encoded = []
         for i, image in enumerate(images):
