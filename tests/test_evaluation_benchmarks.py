@@ -300,7 +300,7 @@ def test_reports_become_the_tables_of_the_paper():
         "| Full-computation | 10 | 48.28T | 63.1 | - |\n"
         "| VideoLLM-MoD r=0.2 † | 10 | 30.73T | 63.4 | 92.8 |\n\n"
         "coin_step: 20 records of split test.\n"
-        "† coin_step: 2 of its videos are among those that the model was trained on (--force).\n"
+        "† coin_step: 2 of its videos show what the model was trained on (--force).\n"
         "coin_task: 20 records of split test.\n\n"
         "## Open video question answering, accuracy (%)\n\n"
         "| Model | Tokens per frame | FLOPs, 600 frames | MSVD ↑ |\n"
