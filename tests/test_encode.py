@@ -16,10 +16,11 @@ from tests import tiny_videos
 from tests.tiny_videos import CONFIG, FRAMES, write_folder, write_model
 from videollm_mod_jax import encode
 from videollm_mod_jax.data import decoding, video_folder
+from videollm_mod_jax.data.feature_shards import FeatureMeta, join_shards, shard_name
 from videollm_mod_jax.data.features import FeatureSource
-from videollm_mod_jax.data.frame_batches import Part, VideoError, batched
+from videollm_mod_jax.data.frame_batches import Batch, Part, VideoError, batched
 from videollm_mod_jax.data.video import read_video, write_video
-from videollm_mod_jax.encoding import fingerprint
+from videollm_mod_jax.encoding import EncodingBar, fingerprint, write_shards
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.vision import VisionTower, preprocess
 from videollm_mod_jax.training.checkpoint import load_tower
@@ -170,7 +171,7 @@ def test_bad_videos_are_skipped_and_listed(model, tokens, folder, tmp_path, capf
     for _ in range(2):  # the second time there is nothing left to do but to say it again
         assert run(model, folder, tmp_path / "out", "--workers", 2) == 1
         said = capfd.readouterr().err.splitlines()
-        assert said[-4] == "3 videos could not be read and are not in it:"
+        assert said[-4] == "3 of 8 videos could not be read:"
         assert [line.split(":")[0] for line in said[-3:]] == ["  nothing", "  spoilt", "  text"]
         assert all("cannot read the video: Invalid data" in line for line in said[-3:])
         assert str(folder) not in "".join(said[-3:])
@@ -266,3 +267,37 @@ def test_nothing_is_left_of_the_decoders(folder, tmp_path):
     assert len(workers) == 2
     batches.close()
     assert all(process.poll() is not None for process in workers)
+
+
+def test_the_device_has_the_next_batch_before_we_wait_for_one(tmp_path):
+    order = []
+
+    class Promise:
+        def __init__(self, number):
+            self.number = number
+
+        def __array__(self, dtype=None, copy=None):
+            order.append(f"take {self.number}")
+            return np.full((4, 3, 2), self.number, np.float32)
+
+    def decoded():
+        for number in range(3):
+            order.append(f"decode {number}")
+            images_BAAC = np.full((4, 8, 8, 3), number, np.uint8)
+            part = Part("a", 4 - number, ends=number == 2)
+            yield 0, Batch(images_BAAC, (part,), last=number == 2)
+
+    def encode_frames(images_BAAC):
+        order.append(f"encode {images_BAAC[0, 0, 0, 0]}")
+        return Promise(images_BAAC[0, 0, 0, 0])
+
+    meta = FeatureMeta(features_per_frame=3, width=2, fps=2.0, resolution=8, tower="t")
+    with EncodingBar(1) as bar:
+        write_shards(encode_frames, decoded(), tmp_path, meta, 1, bar)
+    assert order == [
+        *("decode 0", "encode 0", "decode 1", "encode 1", "take 0"),
+        *("decode 2", "encode 2", "take 1", "take 2"),
+    ]
+    join_shards(tmp_path, meta, [shard_name(0, 1)])
+    stored_F = FeatureSource(tmp_path).read("a")[:, 0, 0]
+    assert stored_F.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2]

@@ -41,7 +41,7 @@ from videollm_mod_jax.data.feature_shards import (
 )
 from videollm_mod_jax.data.features import FeatureSource
 from videollm_mod_jax.data.frame_batches import Batch, batched
-from videollm_mod_jax.data.video_folder import about_frames, divide, find_videos
+from videollm_mod_jax.data.video_folder import IMAGES, VIDEOS, about_frames, divide, find_videos
 from videollm_mod_jax.encoding import EncodingBar, fingerprint, frame_encoder, write_shards
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.config import VideoLLMConfig
@@ -198,8 +198,11 @@ def encode_split(
             encode = frame_encoder(config, tower_params)
             write_shards(encode, batches(), partial, meta, len(shards), bar)
         _finish(partial, path, meta, len(shards))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        # Others may still be writing there; the next run removes it.
+        if jax.process_count() == 1:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _video(
@@ -265,14 +268,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if distributed.is_lead():
             _report(source)
 
-    return cli.report_user_errors(run, RESUMABLE) or int(bool(bad))
+    interrupted = "interrupted" if flags.videos is None else RESUMABLE
+    return cli.report_user_errors(run, interrupted) or int(bool(bad))
 
 
 def _report(source: FeatureSource) -> None:
     frames = source.videos.frames
     print(f"{source.path} holds {len(frames)} videos, {sum(frames.values())} frames")
     if source.bad:
-        print(f"{len(source.bad)} videos could not be read and are not in it:", file=sys.stderr)
+        count = len(source.bad) + len(frames)
+        print(f"{len(source.bad)} of {count} videos could not be read:", file=sys.stderr)
         for name, error in source.bad.items():
             print(f"  {name}: {error}", file=sys.stderr)
 
@@ -286,7 +291,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, metavar="DIR", help="directory of the model")
     add("--out", required=True, metavar="DIR", help="directory of the features")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--videos", metavar="DIR", help="encodes all videos and images below it")
+    endings = " ".join(sorted(VIDEOS | IMAGES))
+    what.add_argument("--videos", metavar="DIR", help=f"encodes all files below it of {endings}")
     what.add_argument("--dataset", metavar="NAME", help="encodes a TFDS dataset that has frames")
     add("--fps", type=float, default=2.0, help="frames per second of --videos (default: 2)")
     add(

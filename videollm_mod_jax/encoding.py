@@ -116,9 +116,8 @@ class EncodingBar:
         """Args: videos: of this process; done: of these, before this run."""
         self._bar = progress.Progress(
             progress.TextColumn("Encoding"),
-            progress.BarColumn(),
+            progress.BarColumn(bar_width=20),
             progress.MofNCompleteColumn(),
-            progress.TextColumn("videos"),
             _Rates(),
             progress.TimeRemainingColumn(),
             disable=not distributed.is_lead(),
@@ -150,4 +149,4 @@ class _Rates(progress.ProgressColumn):
         """The text of the column."""
         seconds = task.elapsed or float("inf")
         frames, videos = task.fields["frames"] / seconds, task.fields["videos"] / seconds
-        return f"{frames:.1f} frames/s {videos:.2f} videos/s"
+        return f"{frames:.0f} frames/s, {videos:.2f} videos/s"

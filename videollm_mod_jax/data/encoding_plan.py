@@ -41,7 +41,7 @@ class EncodingPlan:
             "shards": [[shard.start, shard.stop] for shard in self.shards],
         }
         with files.written_aside(directory / PLAN) as aside:
-            aside.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+            aside.write_text(json.dumps(table) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> "EncodingPlan":

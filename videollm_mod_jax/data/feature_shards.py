@@ -18,7 +18,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ class ShardWriter:
         with contextlib.ExitStack() as stack:
             aside = stack.enter_context(files.written_aside(self._path))
             self._writer = array_record_module.ArrayRecordWriter(str(aside), _OPTIONS)
-            stack.push(self._close)
+            stack.callback(self._close)
             self._stack = stack.pop_all()
         return self
 
@@ -135,11 +135,10 @@ class ShardWriter:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def _close(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+    def _close(self) -> None:
         index = {"records": self._records, "videos": self._videos, "bad": self._bad}
         try:
-            if kind is None:
-                self._writer.write(json.dumps(index).encode())
+            self._writer.write(json.dumps(index).encode())
             self._writer.close()
         except RuntimeError as problem:
             raise UserError(f"{self._path} cannot be written: {problem}") from problem
@@ -211,10 +210,6 @@ def join_shards(directory: pathlib.Path, meta: FeatureMeta, shards: Sequence[str
         },
         "bad": bad,
     }
-    _write_json(directory / META, dataclasses.asdict(meta))
-    _write_json(directory / INDEX, index)
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    with files.written_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=1) + "\n")
+    for name, value in ((META, dataclasses.asdict(meta)), (INDEX, index)):
+        with files.written_aside(directory / name) as aside:
+            aside.write_text(json.dumps(value) + "\n")
