@@ -197,8 +197,11 @@ def test_task_names_keep_their_acronyms(name, words):
 
 def test_a_clip_of_one_frame_is_shown_before_the_answer(tmp_path):
     entries = tiny_coin.database()
+    entries["tire_000001"]["annotation"][0]["segment"] = [0.0, 0.0]
     entries["tire_000001"]["annotation"][3]["segment"] = [3.5, 3.5]
-    record = read("coin_step", source_of(tmp_path, entries))[0]["test"][3]
+    first, *_, record = read("coin_step", source_of(tmp_path, entries))[0]["test"][:4]
+    assert frame_range(first, 2.0) == range(1)
+    assert rendered(first)[0].endswith(f"{CONCISELY}/[<v>]/Assistant: Unscrew the screw.</s>")
     assert frame_range(record, 2.0) == range(7, 8)
     assert rendered(record)[0].endswith(f"{CONCISELY}/[<v>]/Assistant: Put on the tire.</s>")
 
@@ -245,6 +248,8 @@ BAD_STEPS = [
     (change(*STEP, "label", "  "), "empty text", 1),
     (change(*STEP, "label", 7), "wrong type", 1),
     (change(*STEP, "label", "\ud800"), "not Unicode", 1),
+    (change(*STEP, "label", "a <v>"), "reserved text", 1),
+    (change(*STEP, "label", "A <V>"), "reserved text", 1),
     (change(*STEP, "segment", ...), "missing field", 1),
     (change(*STEP, "segment", [1.0]), "wrong type", 1),
     (change(*STEP, "segment", [1.0, 2.0, 3.0]), "wrong type", 1),

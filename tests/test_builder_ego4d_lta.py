@@ -158,7 +158,7 @@ def test_repeated_actions_are_counted(directory):
 @pytest.mark.parametrize("taxonomy", [[], {"verbs": ["a"]}, {"verbs": ["a"], "nouns": ["", "b"]}])
 def test_a_damaged_taxonomy_is_an_error(directory, taxonomy):
     write(directory / ego4d_lta.TAXONOMY, taxonomy)
-    with pytest.raises(UserError, match=r"fho_lta_taxonomy\.json: .*; download the file again"):
+    with pytest.raises(UserError, match=r"fho_lta_taxonomy\.json: .*download"):
         read_all("ego4d_lta", source_of(directory))
 
 

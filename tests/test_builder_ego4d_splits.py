@@ -54,7 +54,9 @@ def test_a_video_in_two_lists_is_an_error(directory):
 @pytest.mark.parametrize("value", [{"a": 1}, ["a", 1], "a"])
 def test_a_list_of_something_else_is_an_error(directory, value):
     write(directory / LISTS["train"], value)
-    with pytest.raises(UserError, match="expected an array of video names"):
+    with pytest.raises(
+        UserError, match=r"uids_train\.json: .*expected (an array of video|\[, found)"
+    ):
         read_splits(directory)
 
 

@@ -150,7 +150,7 @@ def test_turns_equal_a_walk_over_the_frames():
 def test_a_record_is_laid_along_the_frames_of_its_stretch():
     turns = (Turn("user", 1.2, "Q"), Turn("assistant", 2.5, "A", learn=False), turn("user", 4.0))
     record = Record(id="r", video="v", start=1.2, stop=4.0, turns=turns)
-    # Frames at 1.5, 2.0, .. 3.5 s; the example of the docstring: the fourth frame is at 11.5 s.
+    # Frames at 1.5, 2.0, .. 3.5 s.
     assert conversation_of(record, 2.0, "s") == (
         System("s"),
         User("Q"),
@@ -159,8 +159,51 @@ def test_a_record_is_laid_along_the_frames_of_its_stretch():
         Stream(2, learn=1),
         User("t"),
     )
-    drawn = Record(id="r", video="v", start=10.0, stop=20.0, turns=(Turn("assistant", 11.5, "N"),))
-    assert conversation_of(drawn, 2.0, "s")[1:3] == (Stream(4, learn=4), Assistant("N"))
+    before = Record(id="r", video="v", start=10.0, stop=11.0, turns=(turn("assistant", 8.0),))
+    expected = (Stream(1, learn=1), Assistant("t"), Stream(1, learn=0))
+    assert conversation_of(before, 2.0, "s")[1:] == expected
+
+
+N, Q, A = Assistant("N"), User("Q"), Assistant("A")
+DRAWN = {
+    "N 11.5           ->   |10.0 |10.5 |11.0 |11.5 N |12.0": (
+        [turn("assistant", 11.5, "N")],
+        12.5,
+        (Stream(4, learn=4), N, Stream(1, learn=0)),
+    ),
+    "Q 9.75  A 10.0   ->   Q |10.0 A": (
+        [turn("user", 9.75, "Q"), turn("assistant", 10.0, "A")],
+        10.5,
+        (Q, Stream(1, learn=1), A),
+    ),
+    "Q 10.0  A 10.0   ->   Q A |10.0": (
+        [turn("user", 10.0, "Q"), turn("assistant", 10.0, "A")],
+        10.5,
+        (Q, A, Stream(1, learn=0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("drawn", DRAWN)
+def test_drawn_examples_of_a_stretch(drawn):
+    turns, stop, messages = DRAWN[drawn]
+    assert drawn in conversation_of.__doc__
+    record = Record(id="r", video="v", start=10.0, stop=stop, turns=tuple(turns))
+    assert conversation_of(record, 2.0, "s") == (System("s"), *messages)
+    # The first frame of a video is no other than the first of a later stretch.
+    moved = tuple(Turn(one.role, one.time - 10.0, one.text) for one in turns)
+    record = Record(id="r", video="v", start=0.0, stop=stop - 10.0, turns=moved)
+    assert conversation_of(record, 2.0, "s") == (System("s"), *messages)
+
+
+def test_times_in_messages_are_those_of_the_video():
+    turns = (turn("assistant", 12.5),)
+    record = Record(id="r", video="v", start=10.0, stop=12.0, turns=turns)
+    with pytest.raises(UserError, match=r"expected at most 11\.5 s \(4 frames .*found 12\.5 s"):
+        conversation_of(record, 2.0, "s")
+    record = Record(id="r", video="v", start=10.0, stop=12.0, turns=(turn("user", math.nan),))
+    with pytest.raises(UserError, match="'time': expected seconds >= 0, found nan"):
+        conversation_of(record, 2.0, "s")
 
 
 @pytest.mark.parametrize(

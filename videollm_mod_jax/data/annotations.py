@@ -7,13 +7,13 @@ few; nothing is lost in silence. What is wrong with a file as a whole raises a U
 
 import collections
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from videollm_mod_jax.errors import UserError
+PLACEHOLDER = "<v>"
+"""What stands for vision in the text of a dialogue (`data/dialogue.py`), so that no text may."""
 
 EXAMPLES_PER_REASON = 3
 MAX_TEXT = 100_000  # characters; a longer "annotation" is damage
@@ -26,7 +26,8 @@ class Turn:
     Attributes:
       role: "user" or "assistant".
       time: seconds from the beginning of the video; `dialogue.conversation_from_turns` says before
-        or after which frame it comes.
+        or after which frame it comes. What is asked before the very first frame may have a time
+        before 0, by less than a frame.
       text: what is said.
       learn: whether the model is trained to say it.
     """
@@ -68,9 +69,28 @@ def frame_range(record: Record, fps: float) -> range:
     2 fps, start 1.2, stop 3.0, stride 2   ->   frames 3 5
     ```
     """
-    # Rounded, because 7 / 25 * 25 is more than 7.
-    first, end = (math.ceil(round(seconds * fps, 6)) for seconds in (record.start, record.stop))
+    first, end = (ceil_frame(seconds, fps) for seconds in (record.start, record.stop))
     return range(first, end, record.stride)
+
+
+def ceil_frame(seconds: float, fps: float) -> int:
+    """The first frame at or after a time: `ceil_time_by_fps` of VideoLLM-online (data/utils.py).
+
+    ```
+    2 fps    1.2 s   ->   frame 3, at 1.5 s
+    25 fps   0.28 s  ->   frame 7, though 7 / 25 * 25 is more than 7
+    ```
+    """
+    return math.ceil(round(seconds * fps, 6))
+
+
+def time_before(frame: int, fps: float) -> float:
+    """When a question is put that comes before a frame: in the middle between it and the last one.
+
+    An answer is said at the time of a frame, so that it is never at the time of this question,
+    which would put it before the frame too.
+    """
+    return (frame - 0.5) / fps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +116,8 @@ class Report:
     Attributes:
       kept: annotations that became part of a record.
       dropped: number by reason.
-      examples: the first few of every reason, each as `where: what`.
+      examples: the first few of every reason, each as `where: what`, with backslashes for what
+        UTF-8 cannot hold.
     """
 
     def __init__(self) -> None:
@@ -108,17 +129,22 @@ class Report:
         """Counts annotations that became part of a record."""
         self.kept += count
 
-    def drop(self, reason: str, where: str, what: str = "") -> None:
-        """Counts an annotation that did not.
+    def drop(self, reason: str, where: str, what: str = "", count: int = 1) -> None:
+        """Counts annotations that did not.
 
         Args:
           reason: one of a few, such as "empty text"; what the count goes by.
           where: file, record and field, such as "coin.json: xyz: annotation 3: field 'segment'".
           what: what was found there.
+          count: how many are dropped with what stands there; 0 when it holds none.
         """
-        self.dropped[reason] += 1
+        if not count:
+            return
+        self.dropped[reason] += count
         if len(self.examples[reason]) < EXAMPLES_PER_REASON:
-            self.examples[reason].append(f"{where}: {what}" if what else where)
+            example = f"{where}: {what}" if what else where
+            # The name of a damaged record must not damage the report.
+            self.examples[reason].append(example.encode(errors="backslashreplace").decode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +154,9 @@ class Source:
     Attributes:
       directory: of the download.
       videos: whose features are stored; annotations of others are dropped and counted.
-      max_frames: longest stretch of a record; longer videos are cut into several.
+      max_frames: most frames of a record. What becomes of longer stretches its dataset says on its
+        page: they are shown with a stride, cut into several records, or cut off or left out, as in
+        the code that the dataset follows.
       report: what became of the annotations.
     """
 
@@ -211,7 +239,7 @@ def text_field(record: Any, name: str, where: str) -> str:
     """A field of text, stripped.
 
     Raises:
-      FieldError: as `field`, or "empty text", "text too long".
+      FieldError: as `field` and `check_text`, or "empty text", "text too long".
     """
     text = field(record, name, str, where).strip()
     if not text:
@@ -222,7 +250,36 @@ def text_field(record: Any, name: str, where: str) -> str:
             f"{where}: field '{name}'",
             f"expected at most {MAX_TEXT} characters, found {len(text)}",
         )
+    check_text(text, f"{where}: field '{name}'")
     return text
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuses a text that no dialogue can hold; `text_field` does so for every field of text.
+
+    Raises:
+      FieldError: as `check_unicode`, or "reserved text" for one with `<v>`.
+    """
+    check_unicode(text, where)
+    if PLACEHOLDER in text:
+        raise FieldError(
+            "reserved text",
+            where,
+            f"expected no {PLACEHOLDER!r}, which stands for vision, found {shown(text)}",
+        )
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Refuses half of a surrogate pair, which a name or text of a json file may have.
+
+    Raises:
+      FieldError: "not Unicode".
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"expected no half of a surrogate pair, found {shown(text)}"
+        raise FieldError("not Unicode", where, what) from error
 
 
 def seconds_field(record: Any, name: str, where: str) -> float:
@@ -241,20 +298,6 @@ def seconds_field(record: Any, name: str, where: str) -> float:
             "bad time", f"{where}: field '{name}'", f"expected seconds >= 0, found {seconds:g}"
         )
     return seconds
-
-
-def read_json(path: Path) -> Any:
-    """Reads a json file whole.
-
-    Raises:
-      UserError: it is missing, not UTF-8 or not json.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not json: {error}; download it again") from error
 
 
 def shown(value: Any) -> str:

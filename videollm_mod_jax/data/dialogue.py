@@ -32,10 +32,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from videollm_mod_jax.data.annotations import Record, Turn, frame_range
+from videollm_mod_jax.data.annotations import PLACEHOLDER, Record, Turn, ceil_frame, frame_range
 from videollm_mod_jax.errors import UserError
 
-PLACEHOLDER = "<v>"
 STREAM_OPEN = "\n["
 INTERVAL = ","
 STREAM_CLOSE = "]"
@@ -176,7 +175,13 @@ def render(conversation: Conversation, tokens_per_frame: int, bos: str, eos: str
 def conversation_of(record: Record, fps: float, system: str) -> Conversation:
     """Lays a record along the frames of its stretch, `annotations.frame_range(record, fps)`.
 
-    At 2 fps, a narration at 11.5 s of a stretch that begins at 10 s comes after its fourth frame.
+    What was said before the first frame comes before it, or with it if it is no question; an answer
+    follows its question directly only if their times were the same before that. At 2 fps, for
+    stretches that begin at 10 s (`|` frame, N narration, Q question, A answer):
+
+        turns   N 11.5           ->   |10.0 |10.5 |11.0 |11.5 N |12.0
+                Q 9.75  A 10.0   ->   Q |10.0 A
+                Q 10.0  A 10.0   ->   Q A |10.0
 
     Args:
       record: of a dataset.
@@ -187,12 +192,10 @@ def conversation_of(record: Record, fps: float, system: str) -> Conversation:
       UserError: as `conversation_from_turns`, with the name of the record.
     """
     frames = frame_range(record, fps)
-    # What was said before the first frame of the stretch, but inside it, comes with that frame.
-    turns = [
-        Turn(turn.role, max(0.0, turn.time - frames.start / fps), turn.text, turn.learn)
-        for turn in record.turns
-    ]
-    return conversation_from_turns(turns, len(frames), fps / frames.step, system, record.id)
+    start = frames.start / fps
+    return conversation_from_turns(
+        record.turns, len(frames), fps / frames.step, system, record.id, start
+    )
 
 
 def conversation_from_turns(
@@ -201,57 +204,60 @@ def conversation_from_turns(
     fps: float,
     system: str,
     record: str = "conversation",
+    start: float = 0.0,
 ) -> Conversation:
-    """Lays timed turns along the frames of a video, frame i being seen at i / fps seconds.
+    """Lays timed turns along the frames of a video, frame i being seen at start + i / fps seconds.
 
     A question at time q comes before the first frame with time >= q. An answer at the time of the
     question follows it directly; any other answer (a narration) at time t comes after frame
-    ceil(t * fps). Frames before a narration are all learnt; of frames before a question, or at the
-    end of the video, the last is not, because nothing in them tells that the silence ends. At 2 fps
-    (`|` frame, N narration at 0.5 s, Q and A at 1.2 s):
+    ceil((t - start) * fps), or the first if that is below 0. Frames before a narration are all
+    learnt; of frames before a question, or at the end of the video, the last is not, because
+    nothing in them tells that the silence ends. At 2 fps (`|` frame, N narration at 0.5 s, Q and A
+    at 1.2 s):
 
         turns   N 0.5   Q 1.2   A 1.2
         frames  |0.0 |0.5 N |1.0 Q A |1.5 |2.0
                 Stream(2, learn=2) N, Stream(1, learn=0) Q A, Stream(2, learn=1)
 
     Args:
-      turns: in order of time, from the first frame on.
+      turns: in order of time.
       num_frames: frames of the video at `fps`.
       fps: frames per second.
       system: the instruction that opens the conversation.
       record: what error messages call this video.
+      start: seconds at which the first frame is seen.
 
     Raises:
       UserError: an unknown role, an empty text, a time that is not a number of seconds, is out of
-        order or lies after the end of the video, or a narration whose frame was already narrated.
+        order, lies a frame or more before 0 or after the end of the video, or a narration whose
+        frame was already narrated.
     """
     if num_frames < 1:
         raise UserError(f"{record}: expected 1 frame or more, found {num_frames}")
     messages: list[Message] = [System(system)]
-    shown, asked_at, previous = 0, None, 0.0
+    shown, asked_at, previous = 0, None, -math.inf
     for i, turn in enumerate(turns):
-        text, time = _checked(turn, f"{record}: turn {i}")
+        text, time = _checked(turn, fps, f"{record}: turn {i}")
         if time < previous:
             raise UserError(
                 f"{record}: turn {i}: field 'time': expected at least {previous:g} s, the time of "
                 f"the turn before it, found {time:g} s; sort the turns"
             )
         previous = time
-        # Rounded, because 7 / 25 * 25 is more than 7, and 0.1 in float32 more than 0.1.
-        frame = math.ceil(round(time * fps, 6))
+        frame = max(0, ceil_frame(time - start, fps))
         asked = turn.role == "user"
         answers = not asked and time == asked_at
         if frame >= num_frames + asked and not answers:
             raise UserError(
                 f"{record}: turn {i}: field 'time': after the end of the video: expected at most "
-                f"{(num_frames - 1 + asked) / fps:g} s ({num_frames} frames at {fps:g} fps), found "
-                f"{time:g} s"
+                f"{start + (num_frames - 1 + asked) / fps:g} s ({num_frames} frames at {fps:g} "
+                f"fps), found {time:g} s"
             )
         if not asked and not answers and frame < shown:
             raise UserError(
                 f"{record}: turn {i}: field 'time': a second narration in the frame at "
-                f"{(shown - 1) / fps:g} s (found {time:g} s at {fps:g} fps); merge them or sample "
-                "more frames per second"
+                f"{start + (shown - 1) / fps:g} s (found {time:g} s at {fps:g} fps); merge them or "
+                "sample more frames per second"
             )
         until = shown if answers else frame if asked else frame + 1
         if until > shown:
@@ -265,7 +271,7 @@ def conversation_from_turns(
     return tuple(messages)
 
 
-def _checked(turn: Turn, where: str) -> tuple[str, float]:
+def _checked(turn: Turn, fps: float, where: str) -> tuple[str, float]:
     """The text, stripped, and the time of a turn whose every field is right."""
     if turn.role not in ("user", "assistant"):
         raise UserError(
@@ -273,7 +279,7 @@ def _checked(turn: Turn, where: str) -> tuple[str, float]:
         )
     if not turn.text.strip():
         raise UserError(f"{where}: field 'text': expected an annotation, found {turn.text!r}")
-    if not (math.isfinite(turn.time) and turn.time >= 0):
+    if not (math.isfinite(turn.time) and turn.time * fps > -1):
         raise UserError(f"{where}: field 'time': expected seconds >= 0, found {turn.time!r}")
     return turn.text.strip(), turn.time
 

@@ -8,10 +8,17 @@ The layout and the frames are those of VideoLLM-online (showlab/videollm-online,
 data/coin/benchmarks.py, and `ceil_time_by_fps` of data/utils.py).
 """
 
-import math
 from collections.abc import Sequence
 
-from videollm_mod_jax.data.annotations import FieldError, Record, Source, Turn
+from videollm_mod_jax.data.annotations import (
+    FieldError,
+    Record,
+    Source,
+    Turn,
+    ceil_frame,
+    check_text,
+    time_before,
+)
 
 
 def clip_frames(start: float, end: float, fps: float, num_frames: int) -> range:
@@ -28,8 +35,7 @@ def clip_frames(start: float, end: float, fps: float, num_frames: int) -> range:
       num_frames: of the video.
     """
     first, last = (
-        # Rounded, because 7 / 25 * 25 is more than 7.
-        min(math.ceil(round(min(seconds, num_frames / fps) * fps, 6)), num_frames - 1)
+        min(ceil_frame(min(seconds, num_frames / fps), fps), num_frames - 1)
         for seconds in (start, end)
     )
     return range(first, last + 1)
@@ -61,7 +67,7 @@ def clip_record(
       where: what error messages call the clip.
 
     Raises:
-      FieldError: "unordered times" or "outside the video".
+      FieldError: "unordered times" or "outside the video", or as `check_text`.
     """
     videos = source.videos
     if end < start:
@@ -74,16 +80,16 @@ def clip_record(
         )
     frames = clip_frames(start, end, videos.fps, videos.frames[video])
     shown = frames[:: -(-len(frames) // source.max_frames)]
-    asked, answered = shown[0] / videos.fps, shown[-1] / videos.fps
+    answer = answer_text(labels)
+    check_text(answer, where)
     return Record(
         id=record_id,
         video=video,
-        start=asked,
+        start=shown.start / videos.fps,
         stop=frames.stop / videos.fps,
         turns=(
-            Turn("user", asked, question),
-            # Later than the question: it would be answered at once, before a single frame is seen.
-            Turn("assistant", max(answered, math.nextafter(asked, math.inf)), answer_text(labels)),
+            Turn("user", time_before(shown[0], videos.fps), question),
+            Turn("assistant", shown[-1] / videos.fps, answer),
         ),
         stride=shown.step,
         target={"labels": list(labels)},

@@ -23,8 +23,7 @@ from videollm_mod_jax.data.annotations import (
 )
 from videollm_mod_jax.data.builders import coin_page
 from videollm_mod_jax.data.builders.clips import clip_record, label
-from videollm_mod_jax.data.builders.ego4d_json import object_members
-from videollm_mod_jax.data.builders.ego4d_stream import spoken_field
+from videollm_mod_jax.data.builders.json_members import object_members
 from videollm_mod_jax.data.builders.questions import StoredNames, count_records
 from videollm_mod_jax.errors import UserError
 
@@ -116,7 +115,7 @@ def _read_steps(question: _Question, source: Source) -> Parsed:
                 video, task = stored.find(where, name), _task_name(entry, where)
                 annotations = field(entry, "annotation", list, where)
             except FieldError as error:
-                _drop(source, error, len(_annotations(entry)))
+                source.report.drop(error.reason, error.where, error.what, len(_annotations(entry)))
                 continue
             steps = [
                 _step(source, step, f"{where}: step {i}") for i, step in enumerate(annotations)
@@ -214,17 +213,12 @@ def _read(
             seen.add(name)
             splits[_split(entry, where)].append((where, (name, entry)))
         except FieldError as error:
-            _drop(source, error, count(entry))
+            source.report.drop(error.reason, error.where, error.what, count(entry))
     return Parsed(
         splits={split: records(entries) for split, entries in splits.items()},
         # Sorted, because of several nearest labels the first counts.
         labels=tuple(sorted(classes)),
     )
-
-
-def _drop(source: Source, error: FieldError, count: int) -> None:
-    for _ in range(count):
-        source.report.drop(error.reason, error.where, error.what)
 
 
 def _split(entry: Any, where: str) -> str:
@@ -263,17 +257,17 @@ def _step(source: Source, annotation: Any, where: str) -> _Step | None:
             _step_label(annotation, where),
         )
     except FieldError as error:
-        _drop(source, error, 1)
+        source.report.drop(error.reason, error.where, error.what)
         return None
 
 
 def _step_label(annotation: Any, where: str) -> str:
-    name = spoken_field(annotation, "label", where)
+    name = text_field(annotation, "label", where)
     return label(_STEP_NAMES.get(name, name))
 
 
 def _task_name(entry: Any, where: str) -> str:
-    return task_name(spoken_field(entry, "class", where))
+    return task_name(text_field(entry, "class", where))
 
 
 DATASETS = (

@@ -14,20 +14,16 @@ from videollm_mod_jax.data.annotations import (
     Record,
     Source,
     Turn,
+    ceil_frame,
     field,
     seconds_field,
     shown,
     text_field,
+    time_before,
 )
 from videollm_mod_jax.data.builders import ego4d_splits
-from videollm_mod_jax.data.builders.ego4d_json import array_members
-from videollm_mod_jax.data.builders.ego4d_stream import (
-    ceil_frame,
-    draw,
-    floor_frame,
-    spoken_field,
-    time_after,
-)
+from videollm_mod_jax.data.builders.ego4d_stream import draw, floor_frame
+from videollm_mod_jax.data.builders.json_members import array_members
 from videollm_mod_jax.errors import UserError
 
 FILE = "goalstep_livechat_trainval_filtered_21k.json"
@@ -112,8 +108,7 @@ def _records(source: Source, splits: ego4d_splits.VideoSplits, split: str) -> It
             continue
         if found is None or not source.videos.frames.get(video):
             reason = "video in no list" if found is None else "unknown video"
-            for _ in conversation:
-                source.report.drop(reason, where, video)
+            source.report.drop(reason, where, video, len(conversation))
         elif record := _record(source, f"{video}/{i}", video, conversation, where):
             yield record
 
@@ -176,7 +171,7 @@ def _message(
             where,
             f"expected more than 0 and at most {last_frame / fps:g} s, found {time:g}",
         )
-    text = spoken_field(entry, "content", where)
+    text = text_field(entry, "content", where)
     earliest = 0 if before is None else before.frame
     if before is not None and time < before.time:
         raise FieldError("unordered times", where, f"{time:g} s comes after {before.time:g} s")
@@ -184,7 +179,7 @@ def _message(
         if before is not None and time == before.time:
             raise FieldError("question at the time of another turn", where, f"at {time:g} s")
         frame = max(floor_frame(time, fps), earliest)
-        return _Message(Turn("user", time_after(frame, fps), text), time, frame, where)
+        return _Message(Turn("user", time_before(frame + 1, fps), text), time, frame, where)
     if time == before.time:
         turn = Turn("assistant", before.turn.time, text)
         return before._replace(turn=turn, where=where)

@@ -17,18 +17,14 @@ from videollm_mod_jax.data.annotations import (
     Record,
     Source,
     Turn,
+    check_text,
     field,
-    read_json,
     seconds_field,
     shown,
     text_field,
 )
-from videollm_mod_jax.data.builders.ego4d_json import array_members
-from videollm_mod_jax.data.builders.ego4d_stream import (
-    check_inside,
-    check_text,
-    spoken_field,
-)
+from videollm_mod_jax.data.builders.ego4d_stream import check_inside
+from videollm_mod_jax.data.builders.json_members import array_members, whole_object
 from videollm_mod_jax.errors import UserError
 
 SEEN, ASKED = 8, 20
@@ -164,7 +160,7 @@ def read(source: Source) -> Parsed:
 
 
 def _read_taxonomy(path: Path) -> _Taxonomy:
-    taxonomy = read_json(path)
+    taxonomy = whole_object(path)
     try:
         names = [field(taxonomy, kind, list, str(path)) for kind in ("verbs", "nouns")]
         for name in itertools.chain(*names):
@@ -182,7 +178,7 @@ def _records(source: Source, file: str, taxonomy: _Taxonomy) -> Iterator[Record]
     for i, entry in enumerate(array_members(source.directory / file, "clips")):
         where = f"{file}: clips: {i}"
         try:
-            clip = spoken_field(entry, "clip_uid", where)
+            clip = text_field(entry, "clip_uid", where)
             if type(entry.get("action_idx")) is not int:
                 unordered.add(clip)  # it may be missing in any run of its clip
             index = field(entry, "action_idx", int, where)

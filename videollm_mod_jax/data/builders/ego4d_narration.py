@@ -17,22 +17,19 @@ from videollm_mod_jax.data.annotations import (
     Report,
     Source,
     Turn,
+    ceil_frame,
+    check_text,
+    check_unicode,
     field,
     seconds_field,
     shown,
     text_field,
+    time_before,
 )
 from videollm_mod_jax.data.builders import ego4d_splits
-from videollm_mod_jax.data.builders.ego4d_json import object_members
 from videollm_mod_jax.data.builders.ego4d_narration_page import PAGE, REFINED_PAGE
-from videollm_mod_jax.data.builders.ego4d_stream import (
-    ceil_frame,
-    check_inside,
-    check_text,
-    draw,
-    spoken_field,
-    time_after,
-)
+from videollm_mod_jax.data.builders.ego4d_stream import check_inside, draw
+from videollm_mod_jax.data.builders.json_members import object_members
 from videollm_mod_jax.errors import UserError
 
 INSTRUCTIONS = (
@@ -305,10 +302,12 @@ def _narration(layout: _Layout, group: str, entry: Any, where: str) -> tuple[str
     """The name of its group, and a narration."""
     if layout.group:
         group = text_field(entry, layout.group, where)
-    check_text(group, where)
-    text = spoken_field(entry, layout.text, where)
+    else:
+        check_unicode(group, where)
+    text = text_field(entry, layout.text, where)
     if layout.tagged:
         text = clean_text(text)
+        check_text(text, f"{where}: field '{layout.text}'")
         if " " not in text:
             raise FieldError("fewer than two words", where, f"found {shown(text)}")
     return group, Narration(seconds_field(entry, layout.time, where), text, where)
@@ -320,7 +319,7 @@ def _record(
     name, fps, num_frames = f"{video}/{group}", source.videos.fps, source.videos.frames[video]
     placed = place(narrations, fps, num_frames, source.max_frames, source.report)
     (first, answer), *others = placed
-    asked = time_after(first, fps)
+    asked = time_before(first + 1, fps)
     return Record(
         id=name,
         video=video,

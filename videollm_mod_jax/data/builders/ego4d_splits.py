@@ -16,8 +16,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from videollm_mod_jax.data.annotations import FieldError, read_json, shown, text_field
-from videollm_mod_jax.data.builders.ego4d_json import array_members
+from videollm_mod_jax.data.annotations import FieldError, shown, text_field
+from videollm_mod_jax.data.builders.json_members import array_members
 from videollm_mod_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -116,10 +116,9 @@ def _from_lists(directory: Path) -> VideoSplits:
     named: dict[str, str] = {}
     for split, name in LISTS.items():
         path = directory / name
-        videos = read_json(path) if path.exists() else []
-        if not isinstance(videos, list) or not all(isinstance(video, str) for video in videos):
-            raise UserError(f"{path}: expected an array of video names, found {shown(videos)}")
-        for video in videos:
+        for video in array_members(path) if path.exists() else ():
+            if not isinstance(video, str):
+                raise UserError(f"{path}: expected an array of video names, found {shown(video)}")
             if named.setdefault(video, split) != split:
                 raise UserError(
                     f"{path}: video {shown(video)} is also in {LISTS[named[video]]}; leave it in "

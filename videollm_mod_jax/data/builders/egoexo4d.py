@@ -25,7 +25,7 @@ from videollm_mod_jax.data.annotations import (
     text_field,
 )
 from videollm_mod_jax.data.builders.clips import clip_record, label
-from videollm_mod_jax.data.builders.ego4d_json import object_members
+from videollm_mod_jax.data.builders.json_members import object_members
 from videollm_mod_jax.data.builders.questions import count_records
 from videollm_mod_jax.errors import UserError
 
@@ -122,8 +122,7 @@ def _read(source: Source) -> Parsed:
                 segments = field(take, "segments", list, where)
                 video = _find(source.videos, stored, text_field(take, "take_name", where), where)
             except FieldError as error:
-                for _ in _segments(take):
-                    source.report.drop(error.reason, error.where, error.what)
+                source.report.drop(error.reason, error.where, error.what, len(_segments(take)))
                 continue
             build = functools.partial(_record, source, classes, uid, video)
             places = ((f"{where}: segment {i}", (i, one)) for i, one in enumerate(segments))

@@ -114,8 +114,8 @@ def _read_gqa(source: Source) -> Parsed:
 
 
 def _read_scienceqa(source: Source) -> Parsed:
-    problems = dict(questions.keyed(source.directory / "problems.json", _SCIENCEQA))
-    splits = dict(questions.keyed(source.directory / "pid_splits.json", _SCIENCEQA))
+    problems = questions.whole(source.directory / "problems.json", _SCIENCEQA)
+    splits = questions.whole(source.directory / "pid_splits.json", _SCIENCEQA)
     for prefix in _SPLITS.values():
         if not isinstance(splits.get(prefix), list):
             raise UserError(

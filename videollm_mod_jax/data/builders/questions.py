@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from videollm_mod_jax.data import dialogue
 from videollm_mod_jax.data.annotations import (
     FieldError,
     Record,
@@ -23,9 +22,10 @@ from videollm_mod_jax.data.annotations import (
     Source,
     Turn,
     Videos,
+    check_unicode,
     shown,
 )
-from videollm_mod_jax.data.builders import ego4d_json
+from videollm_mod_jax.data.builders import json_members
 from videollm_mod_jax.errors import UserError
 
 # What LLaVA-1.5 appends to a question (haotian-liu/LLaVA, docs/Evaluation.md).
@@ -140,13 +140,13 @@ def count_records(
       annotations: what error messages call each, and the annotation.
       build: makes the record of an annotation, or raises FieldError.
       report: is told which are kept, and which are dropped: those that `build` refuses, and those
-        with a "duplicate id", "reserved text" (`<v>`) or a text that is "not Unicode".
+        whose id is a "duplicate id" or "not Unicode".
     """
     seen: set[str] = set()
     for where, annotation in annotations:
         try:
             record = build(where, annotation)
-            _check_texts(where, record)
+            check_unicode(record.id, where)
             if record.id in seen:
                 raise FieldError("duplicate id", where, f"{shown(record.id)} came before")
         except FieldError as error:
@@ -155,17 +155,6 @@ def count_records(
         seen.add(record.id)
         report.keep()
         yield record
-
-
-def _check_texts(where: str, record: Record) -> None:
-    for text in (record.id, *(turn.text for turn in record.turns)):
-        if dialogue.PLACEHOLDER in text:
-            expected = f"expected no {dialogue.PLACEHOLDER!r}, which stands for a frame"
-            raise FieldError("reserved text", where, f"{expected}, found {shown(text)}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # json can hold half of a surrogate pair, no file can
-            raise FieldError("not Unicode", where, f"found {shown(text)}") from error
 
 
 def numbered(path: Path, download: str) -> Iterator[tuple[str, Any]]:
@@ -178,7 +167,7 @@ def numbered(path: Path, download: str) -> Iterator[tuple[str, Any]]:
     Raises:
       UserError: there is no such file; while iterating, it holds something else.
     """
-    entries = enumerate(ego4d_json.array_members(_existing(path, download)))
+    entries = enumerate(json_members.array_members(_existing(path, download)))
     return ((f"{path.name}: annotation {i}", entry) for i, entry in entries)
 
 
@@ -188,7 +177,16 @@ def keyed(path: Path, download: str) -> Iterator[tuple[str, Any]]:
     Raises:
       UserError: as `numbered`.
     """
-    return ego4d_json.object_members(_existing(path, download))
+    return json_members.object_members(_existing(path, download))
+
+
+def whole(path: Path, download: str) -> dict[str, Any]:
+    """A json file that holds an object, in which no name comes twice.
+
+    Raises:
+      UserError: as `numbered`.
+    """
+    return json_members.whole_object(_existing(path, download))
 
 
 def lines(path: Path, download: str) -> Iterator[tuple[str, str]]:
@@ -213,9 +211,9 @@ def parsed_line(where: str, line: str) -> Any:
       FieldError: "not json".
     """
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=json_members.refuse_duplicates)
     except (ValueError, RecursionError) as error:
-        raise FieldError("not json", where, f"expected an object, found {shown(line)}") from error
+        raise FieldError("not json", where, f"{error}; found {shown(line)}") from error
 
 
 def _existing(path: Path, download: str) -> Path:

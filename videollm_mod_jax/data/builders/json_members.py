@@ -4,9 +4,11 @@ Ego4D's narrations are one object of a gigabyte; decoded at once they take sever
 the text is read in pieces, and the decoder of the standard library is put at each member in turn.
 It is as fast as on a whole text, and takes what a streaming parser such as ijson refuses together
 with the rest of the file: NaN, which Python writes, and numbers of more than 64 bits. What is wrong
-with one annotation then costs that one.
+with one annotation then costs that one, but for a name that comes twice in an object: which of the
+two values counts, nobody knows, and the standard library would lose one in silence.
 """
 
+import collections
 import itertools
 import json
 import re
@@ -21,11 +23,32 @@ _PIECE = 1 << 24  # characters read at a time
 _LONGEST = 1 << 26  # characters of a member; of a longer one, or a broken one, we give up
 _SPACE = re.compile(r"[ \t\n\r]*")
 _FOLLOWING = frozenset(",:]}")  # what may come after a value in an array or object
-_decode = json.JSONDecoder().raw_decode
+
+
+class DuplicateName(ValueError):
+    """An object has two members of one name."""
+
+
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes the object of its members; the `object_pairs_hook` of `json`.
+
+    Raises:
+      DuplicateName: a name comes twice.
+    """
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        names = collections.Counter(name for name, _ in pairs)
+        raise DuplicateName(f"the name {shown(names.most_common(1)[0][0])} comes twice")
+    return members
+
+
+_decode = json.JSONDecoder(object_pairs_hook=refuse_duplicates).raw_decode
 
 
 def object_members(path: Path, field: str | None = None) -> Iterator[tuple[str, Any]]:
-    """The members of an object, in the order of the file; names may come twice.
+    """The members of an object, in the order of the file.
+
+    Their own names may come twice, which is for the caller to count.
 
     ```
     {"_map_errs": [...], "videos": {"a": {...}, "b": {...}}}    field "videos"
@@ -46,6 +69,18 @@ def array_members(path: Path, field: str | None = None) -> Iterator[Any]:
     """The elements of an array, in the order of the file; see `object_members`."""
     for _, value in _members(path, field, "["):
         yield value
+
+
+def whole_object(path: Path) -> dict[str, Any]:
+    """A file that holds an object, which fits memory.
+
+    Raises:
+      UserError: as `object_members`, or a name comes twice.
+    """
+    try:
+        return refuse_duplicates(list(object_members(path)))
+    except DuplicateName as error:
+        raise UserError(f"{path}: {error}; correct the file or download it again") from error
 
 
 def _members(path: Path, field: str | None, opening: str) -> Iterator[tuple[Any, Any]]:
@@ -113,6 +148,8 @@ class _Text:
             too_long = len(self._piece) - self._at > _LONGEST
             try:
                 value, end = _decode(self._piece, self._at)
+            except DuplicateName as error:
+                raise self.error(str(error)) from error
             # JSONDecodeError, or an integer of too many digits.
             except (ValueError, RecursionError) as error:
                 if too_long or not self._read_on():
@@ -138,8 +175,8 @@ class _Text:
         """What is wrong here, or in the value that begins here."""
         where = "at the top" if self._key is None else f"in {shown(self._key)}"
         return UserError(
-            f"{self._path}: {where}, after character {self._before + self._at}: {what}; download "
-            "the file again"
+            f"{self._path}: {where}, after character {self._before + self._at}: {what}; correct "
+            "the file or download it again"
         )
 
     def _take(self, allowed: str) -> str:

@@ -5,8 +5,8 @@ import tracemalloc
 
 import pytest
 
-from videollm_mod_jax.data.builders import ego4d_json
-from videollm_mod_jax.data.builders.ego4d_json import array_members, object_members
+from videollm_mod_jax.data.builders import json_members
+from videollm_mod_jax.data.builders.json_members import array_members, object_members, whole_object
 from videollm_mod_jax.errors import UserError
 
 DOCUMENT = {
@@ -19,7 +19,7 @@ DOCUMENT = {
 
 @pytest.fixture(params=[1, 2, 3, 7, 1 << 24])
 def piece(request, monkeypatch):
-    monkeypatch.setattr(ego4d_json, "_PIECE", request.param)
+    monkeypatch.setattr(json_members, "_PIECE", request.param)
 
 
 @pytest.fixture
@@ -41,6 +41,24 @@ def test_members_are_what_the_whole_file_holds(path, indent, escape):
 def test_numbers_are_not_cut_at_the_end_of_a_piece(path):
     path.write_text("[1234567, 89, NaN, -1e5]")
     assert str(list(array_members(path))) == "[1234567, 89, nan, -100000.0]"
+
+
+@pytest.mark.usefixtures("piece")
+@pytest.mark.parametrize(
+    "text", ['{"a": {"b": [{"c": 1, "d": 2, "c": 1}]}}', '{"a": {"c": {}, "c": {}}, "b": 1}']
+)
+def test_a_name_that_comes_twice_in_a_member_is_an_error_that_names_it(path, text):
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"in 'a', after character \d: the name 'c' comes twice"):
+        list(object_members(path))
+
+
+def test_a_whole_object_has_every_name_once(path):
+    path.write_text(json.dumps(DOCUMENT))
+    assert whole_object(path) == DOCUMENT
+    path.write_text('{"a": 1, "b": 2, "b": 3}')
+    with pytest.raises(UserError, match=r"file\.json: the name 'b' comes twice; correct the file"):
+        whole_object(path)
 
 
 def test_names_that_come_twice_come_twice(path):
@@ -91,7 +109,7 @@ def test_a_missing_file_is_named(path):
 
 
 def test_memory_does_not_grow_with_the_file(path, monkeypatch):
-    monkeypatch.setattr(ego4d_json, "_PIECE", 1 << 16)
+    monkeypatch.setattr(json_members, "_PIECE", 1 << 16)
     member = json.dumps({"narrations": [{"time": i, "text": "C walks."} for i in range(100)]})
     path.write_text("{" + ",".join(f'"{i}": {member}' for i in range(1000)) + "}")
     tracemalloc.start()
