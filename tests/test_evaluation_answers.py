@@ -1,7 +1,10 @@
 """Answers depend on the record and the seed, not on what else is in the batch."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests import tiny_benchmarks, tiny_stream
 from tests.tiny_benchmarks import FPS, N, asked
@@ -11,9 +14,11 @@ from videollm_mod_jax.data.video import Frame
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.evaluation import answers
 from videollm_mod_jax.evaluation.answers import Decoding
+from videollm_mod_jax.evaluation.placing import put_rows
 from videollm_mod_jax.models import VideoLLM
 from videollm_mod_jax.streaming import engine
 from videollm_mod_jax.streaming.session import StreamingSession, letterbox
+from videollm_mod_jax.training import sharding
 
 T = 8
 GREEDY = Decoding(max_new_tokens=T, temperature=0.0, samples=1, seed=0)
@@ -155,6 +160,16 @@ def test_a_record_without_an_answer_is_asked_at_its_end(model, examples):
     found = list(answers.answer_records(model, both, [0, 1], GREEDY, batch_size=3))
     assert found[0][1].text == found[1][1].text
     assert found[0][2] == found[1][2]
+
+
+def test_rows_are_split_over_the_mesh_of_the_model():
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.MESH_AXES)
+    variables = {"x": jax.device_put(np.zeros(3), NamedSharding(mesh, PartitionSpec()))}
+    batch = {"tokens": np.zeros((4, 3)), "key": np.zeros(2)}
+    placed = put_rows(batch, 4, variables)
+    assert placed["tokens"].sharding.spec == PartitionSpec(sharding.BATCH_AXES)
+    assert placed["key"].sharding.spec == PartitionSpec()
+    assert put_rows(batch, 4, {"x": jnp.zeros(3)}) is batch
 
 
 @pytest.mark.parametrize(

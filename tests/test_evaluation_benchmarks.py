@@ -144,6 +144,9 @@ def test_of_several_anticipations_the_best_counts():
 def test_every_dataset_names_a_benchmark_that_there_is():
     kinds = {dataset.benchmark for dataset in DATASETS.values()}
     assert kinds <= {running.STREAM, *BENCHMARKS}
+    placed = {column.dataset for _, columns in report._LAYOUT for column in columns}
+    asked_for = {name for name, one in DATASETS.items() if one.benchmark != running.STREAM}
+    assert placed == asked_for
 
 
 def test_self_conditioned_scores_leave_out_videos_without_narrations():

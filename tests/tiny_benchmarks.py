@@ -140,7 +140,7 @@ def write_run(directory):
     table["evaluation"] = {
         "benchmarks": dict.fromkeys(DATASETS, "test"),
         "around_training": "",
-        "batch_size": 2,
+        "batch_size": 4,
         "answer_tokens": 6,
     }
     save_model(run, model.config, model.variables, model.tokenizer, model.system)

@@ -12,7 +12,7 @@ Without `--config`, the benchmarks are those of the run. Writes, below `--out`,
     report.json, report.md            all scores, and the tables of the paper with them
 
 and prints the tables. A killed evaluation goes on where it stopped. Several processes share the
-records; each needs a device of its own that holds the model.
+records; each needs devices of its own that hold the model together.
 """
 
 import argparse
@@ -96,7 +96,8 @@ def evaluate(
     """
     check_threshold(silence_threshold)
     directory = Path(checkpoint)
-    model = load_model(directory)
+    # Whole, on the devices of this process; each holds a part of the weights.
+    model = load_model(directory, distributed.own_layout("fsdp", (1, -1, 1)))
     if experiment is None:
         if not (directory / CONFIG_FILE).exists():
             raise UserError(

@@ -21,6 +21,7 @@ from videollm_mod_jax.data import dialogue
 from videollm_mod_jax.data.pipeline import Examples
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.evaluation.placing import put_rows
 from videollm_mod_jax.models import VideoLLM, trim_caches
 from videollm_mod_jax.streaming import engine
 from videollm_mod_jax.training.checkpoint import LoadedModel
@@ -347,6 +348,7 @@ def _answer(
     B = len(batch["length"])
     names_B = np.array([*indices, *[0] * (B - len(indices))])
     answers_B = np.arange(B) < len(indices)
+    batch = put_rows(batch, B, model.variables)
     state = prefill(video_llm, model.variables, batch, max_new_tokens=decoding.max_new_tokens)
     # Copied, because the state is donated.
     logits_BV = jnp.copy(state.logits_BV)

@@ -18,6 +18,7 @@ from videollm_mod_jax.data import dialogue
 from videollm_mod_jax.data.annotations import frame_range
 from videollm_mod_jax.data.pipeline import Examples
 from videollm_mod_jax.evaluation.answers import decode, frame_bucket, make_prompt, read_answer
+from videollm_mod_jax.evaluation.placing import put_rows
 from videollm_mod_jax.evaluation.timing import Narration
 from videollm_mod_jax.models import VideoLLM
 from videollm_mod_jax.streaming import engine
@@ -214,13 +215,14 @@ class _Batch:
             for question in (*stream.script.questions, Question(0, "?", None))
         )
         # Behind the text that a stream may use lies room for the padding of the longest chunk.
-        self._state = engine.start(
+        state = engine.start(
             self._video_llm,
             batch_size,
             streams[0].capacity + engine.bucket(longest),
             frame_bucket(max(stream.script.frames for stream in streams)),
             seed=0,
         )
+        self._state = put_rows(state, batch_size, model.variables)
 
     def watch(self) -> Sequence[_Stream]:
         frames = max(stream.script.frames for stream in self._streams)
