@@ -26,11 +26,17 @@ def get_config(model: str) -> ml_collections.ConfigDict:
     # A minute at 2 frames per second; longer videos were cut by `prepare`.
     config.data.frames = 120
     config.data.system = "Say what happens, as it happens."
-    config.data.text_tokens = 1024
-    config.data.labels = 1024
+    config.data.text_tokens = 640
+    config.data.labels = 640
     config.data.batch_size = 2
     # Few videos are to be remembered, not generalised from.
     config.data.disturb_probability = 0.0
+    config.training.steps = 200
+    if config.model.decoder.hidden_size < 1024:
+        # Small enough to be trained whole.
+        config.model.lora = {"rank": 0, "alpha": 1.0, "dropout": 0.0, "targets": ()}
+        config.training.trainable = "full"
+        config.training.optimizer.learning_rate = 3e-3
     # Turn it on when some videos have the split `validation`.
     config.training.validate_every = 0
     config.training.keep_best = 0

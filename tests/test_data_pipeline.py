@@ -184,9 +184,11 @@ def test_features_that_are_not_there_are_refused(examples, tmp_path):
     with FeatureWriter(tmp_path / "other", META) as writer:
         writer.add("train-00001", features_of(1)[:-1])
     other = replaced(examples, features=FeatureSource(tmp_path / "other"))
-    with pytest.raises(UserError, match="train-00002: expected features of the video"):
+    with pytest.raises(UserError, match="other: train-00002: no such video was encoded"):
         other.load(2)
-    with pytest.raises(UserError, match=r"train-00001: expected the frames 0 to 7 of .*found 7"):
+    with pytest.raises(
+        UserError, match=r"train-00001: expected frames of 0 \.\.\. 7, found 0 \.\.\. 8"
+    ):
         other.load(1)
 
 
@@ -207,7 +209,11 @@ def test_a_conversation_that_is_too_long_is_cut_in_training_and_refused_in_evalu
     budget = dataclasses.replace(examples.budget, text_tokens=examples.budget.text_tokens // 3)
     with pytest.raises(UserError, match="text_tokens: expected at most 50"):
         replaced(examples, budget=budget).load(index)
-    loaded = replaced(examples, budget=budget, training=True).load(index)
+    training = replaced(examples, budget=budget, training=True)
+    cut, looked_at = training.count_cut(100)
+    assert 0 < cut < looked_at == COUNT
+    assert replaced(training, budget=examples.budget).count_cut(100) == (0, COUNT)
+    loaded = training.load(index)
     cut = fit(whole, examples.tokenizer, TOKENS, budget)
     expected = build_example(
         cut, features_of(index)[: count_frames(cut)], examples.tokenizer, TOKENS, budget

@@ -61,6 +61,8 @@ TRAINED_ON = "trained_on.json"
 VALIDATION = "validation"
 SAMPLES = "samples.jsonl"
 
+_CUT_SAMPLE = 256
+
 Report = dict[str, dict[str, float]]
 
 
@@ -106,6 +108,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, profile_steps:
         return examples_for(model, tower_name, sources, name, split, tokenizer, training)
 
     learnt = {name: examples(name, TRAIN, training=True) for name in sources.trained}
+    for name, one in learnt.items():
+        cut, looked_at = one.count_cut(_CUT_SAMPLE)
+        if cut:
+            console.print(
+                f"{name}: {cut} of {looked_at} training conversations exceed data.frames, "
+                "text_tokens or labels and end early; raise them to learn the rest"
+            )
     # They end early where training conversations would, and are never disturbed.
     validated = [
         examples(name, VALIDATION, training=True)

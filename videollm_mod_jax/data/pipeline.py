@@ -80,6 +80,22 @@ class Examples:
             record.id,
         )
 
+    def count_cut(self, sample: int) -> tuple[int, int]:
+        """How many conversations end early when they are learnt from.
+
+        Args:
+          sample: how many to look at, evenly spaced.
+
+        Returns:
+          How many of them are cut, and how many were looked at.
+        """
+        indices = np.unique(np.linspace(0, len(self) - 1, sample).astype(int))
+        whole = [self.conversation(int(index)) for index in indices]
+        fitting = (
+            example.fit(one, self.tokenizer, self.tokens_per_frame, self.budget) for one in whole
+        )
+        return sum(a != b for a, b in zip(whole, fitting, strict=True)), len(indices)
+
     def frames(self, record: Record) -> np.ndarray:
         """The features of the frames of a record: [F, N, W].
 
@@ -87,20 +103,7 @@ class Examples:
           UserError: they are not all there.
         """
         frames = frame_range(record, self.features.meta.fps)
-        if record.video not in self.features:
-            raise UserError(
-                f"{self.features.path}: {record.id}: expected features of the video "
-                f"{record.video!r}, found none; encode it, or prepare the dataset again for the "
-                "features that there are"
-            )
-        features_FNW = self.features.read(record.video, frames.start, frames.stop, frames.step)
-        if len(features_FNW) != len(frames):
-            raise UserError(
-                f"{self.features.path}: {record.id}: expected the frames {frames.start} to "
-                f"{frames.stop - 1} of {record.video!r}, found {len(features_FNW)} of them; "
-                "prepare the dataset again for the features that there are"
-            )
-        return features_FNW
+        return self.features.read(record.video, frames.start, frames.stop, frames.step)
 
 
 Mixture = Sequence[tuple[Examples, float]]

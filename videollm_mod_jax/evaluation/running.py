@@ -258,11 +258,13 @@ def narration_scores(rows: Sequence[Row], *, window: float) -> Scores:
     """Timing and words of what was said unasked, over videos that have true narrations.
 
     `f1` and `cider` are FlowNar's: stretches that overlap by half, and the words of the nearest
-    stretch for every true narration. `f1_in_window` asks for the right moment instead.
+    stretch for every true narration. `f1_in_window` asks for the right moment instead. A stretch
+    holds the frames that were seen for its narration, so that what is said at the first frame has
+    a stretch of one frame.
 
     Args:
       rows: with `start`, `narrations` and `truth`.
-      window: seconds by which a narration may be early or late.
+      window: seconds by which a narration may be early or late: one frame.
 
     Returns:
       precision, recall, f1 and f1_in_window in [0, 1], cider in [0, 10]; nothing where no video has
@@ -276,7 +278,7 @@ def narration_scores(rows: Sequence[Row], *, window: float) -> Scores:
     if not videos:
         return {}
     segments = timing.mean_scores(
-        timing.segment_scores(said, true, start=row["start"], min_iou=_MIN_IOU)
+        timing.segment_scores(said, true, start=row["start"] - window, min_iou=_MIN_IOU)
         for said, true, row in videos
     )
     windows = timing.mean_scores(
@@ -285,7 +287,7 @@ def narration_scores(rows: Sequence[Row], *, window: float) -> Scores:
     pairs = [
         pair
         for said, true, row in videos
-        for pair in timing.segment_pairs(said, true, start=row["start"])
+        for pair in timing.segment_pairs(said, true, start=row["start"] - window)
     ]
     words = captions.cider([said for said, _ in pairs], [[true] for _, true in pairs])
     return {
