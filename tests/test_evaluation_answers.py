@@ -12,7 +12,7 @@ from videollm_mod_jax.data.annotations import Record
 from videollm_mod_jax.data.dialogue import Assistant, Stream, System, User
 from videollm_mod_jax.data.video import Frame
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.evaluation import answers
+from videollm_mod_jax.evaluation import answers, prompts
 from videollm_mod_jax.evaluation.answers import Decoding
 from videollm_mod_jax.evaluation.placing import put_rows
 from videollm_mod_jax.models import VideoLLM
@@ -55,9 +55,9 @@ def test_a_prompt_is_everything_before_the_last_answer():
         Assistant("Two."),
         Stream(3),
     )
-    before, reference = answers.split_reference(conversation)
+    before, reference = prompts.split_reference(conversation)
     assert (before, reference) == (conversation[:5], "Two.")
-    prompt = answers.make_prompt(before, words, N)
+    prompt = prompts.make_prompt(before, words, N)
     text = (
         "<|begin_of_text|>Watch.\n\n[{}]\nAssistant: A cat sits.<|eot_id|>\n[{}]"
         "\nUser: How many?\nAssistant:"
@@ -70,15 +70,28 @@ def test_a_prompt_is_everything_before_the_last_answer():
     np.testing.assert_array_equal(prompt.frame_starts, np.flatnonzero(is_vision)[::N])
 
 
+def test_a_prompt_is_made_as_drawn():
+    words = tiny_stream.tokenizer()
+    prompt = prompts.make_prompt((System("Hi"), Stream(2), User("How?")), words, 2)
+    assert prompt.text == f"{words.bos}Hi\n\n[2 frames]\nUser: How?\nAssistant:"
+    before, after = (
+        words.encode(f"{words.bos}Hi\n\n[").ids,
+        words.encode("]\nUser: How?\nAssistant:"),
+    )
+    vision = [0, 0, words.interval_id, 0, 0]
+    assert prompt.tokens.tolist() == [*before, *vision, *after.ids]
+    assert prompt.frame_starts.tolist() == [len(before), len(before) + 3]
+
+
 def test_prompts_are_padded_as_drawn():
-    bucket = answers.frame_bucket
+    bucket = prompts.frame_bucket
     assert [bucket(f) for f in range(11)] == [1, 1, 2, 3, 4, 5, 6, 7, 8, 10, 10]
     assert [bucket(f) for f in (11, 12, 13, 14, 15, 16, 17, 20, 21)] == [
         *(12, 12, 14, 14, 16, 16, 20, 20, 24)
     ]
     assert max(bucket(f) / f for f in range(1, 3000)) <= 1.25
-    prompt = answers.Prompt("", np.zeros(9 * N + 20, np.int32), np.zeros(9, np.int32))
-    assert answers.padded_shape(prompt, N) == (10, 32)
+    prompt = prompts.Prompt("", np.zeros(9 * N + 20, np.int32), np.zeros(9, np.int32))
+    assert prompts.padded_shape(prompt, N) == (10, 32)
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED])

@@ -11,7 +11,8 @@ from videollm_mod_jax.data.annotations import Record, Turn
 from videollm_mod_jax.data.dialogue import Assistant, Stream, System, User
 from videollm_mod_jax.data.video import Frame
 from videollm_mod_jax.evaluation import narrating
-from videollm_mod_jax.evaluation.narrating import Question, Script, script_of, watch_records
+from videollm_mod_jax.evaluation.narrating import watch_records
+from videollm_mod_jax.evaluation.script import Question, Script, script_of
 from videollm_mod_jax.evaluation.timing import Narration
 from videollm_mod_jax.models import VideoLLM
 from videollm_mod_jax.streaming import engine

@@ -1,7 +1,7 @@
 r"""Evaluates a trained model on all benchmarks of a config.
 
     python -m videollm_mod_jax.evaluate --checkpoint runs/digits
-    python -m videollm_mod_jax.evaluate --checkpoint runs/coin --config configs/coin.py \
+    python -m videollm_mod_jax.evaluate --checkpoint runs/coin --config configs/coin.py:v5p-16 \
         --benchmarks coin_step,coin_task --out results/coin
 
 Without `--config`, the benchmarks are those of the run. Writes, below `--out`,

@@ -17,8 +17,10 @@ import numpy as np
 from videollm_mod_jax.data import dialogue
 from videollm_mod_jax.data.annotations import frame_range
 from videollm_mod_jax.data.pipeline import Examples
-from videollm_mod_jax.evaluation.answers import decode, frame_bucket, make_prompt, read_answer
+from videollm_mod_jax.evaluation.answers import decode, read_answer
 from videollm_mod_jax.evaluation.placing import put_rows
+from videollm_mod_jax.evaluation.prompts import frame_bucket, make_prompt
+from videollm_mod_jax.evaluation.script import Question, Script, script_of
 from videollm_mod_jax.evaluation.timing import Narration
 from videollm_mod_jax.models import VideoLLM
 from videollm_mod_jax.streaming import engine
@@ -27,36 +29,6 @@ from videollm_mod_jax.training.checkpoint import LoadedModel
 
 ROOM = 4
 """The caches hold so many times the text of the true dialogue; who says more is cut short."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """What a user asks.
-
-    Attributes:
-      before: index of the frame that comes next; the number of frames behind the last one.
-      text: of the question.
-      reference: the true answer, None where there is none.
-    """
-
-    before: int
-    text: str
-    reference: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Script:
-    """A conversation as it happens live.
-
-    Attributes:
-      frames: how many are shown.
-      questions: in order.
-      narrations: (index of the frame after which it is said, text), in order.
-    """
-
-    frames: int
-    questions: tuple[Question, ...]
-    narrations: tuple[tuple[int, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,31 +48,6 @@ class Watched:
     answers: tuple[tuple[str, str, str | None], ...]
     start: float
     full_at: float | None
-
-
-def script_of(conversation: dialogue.Conversation) -> Script:
-    """Who speaks when.
-
-    ```
-    frame                 0 1 2 3 4 5
-    Stream(2) Assistant   | |a                   narration (1, a)
-    Stream(3) User             | | |q            question before frame 5
-              Assistant              A           its reference
-    Stream(1)                          |         frames 6
-    ```
-    """
-    shown, questions, narrations = 0, [], []
-    for i, message in enumerate(conversation):
-        match message:
-            case dialogue.Stream(num_frames):
-                shown += num_frames
-            case dialogue.User(text):
-                follows = conversation[i + 1 : i + 2]
-                answers = [m.text for m in follows if isinstance(m, dialogue.Assistant)]
-                questions.append(Question(shown, text, answers[0] if answers else None))
-            case dialogue.Assistant(text) if not isinstance(conversation[i - 1], dialogue.User):
-                narrations.append((shown - 1, text))
-    return Script(shown, tuple(questions), tuple(narrations))
 
 
 def watch_records(

@@ -19,10 +19,11 @@ from videollm_mod_jax.data.annotations import Record
 from videollm_mod_jax.data.pipeline import Examples
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.evaluation import captions, timing
-from videollm_mod_jax.evaluation.answers import Decoding, answer_records, split_reference
+from videollm_mod_jax.evaluation.answers import Decoding, answer_records
 from videollm_mod_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, Marking, Scores
 from videollm_mod_jax.evaluation.judge import Judge
 from videollm_mod_jax.evaluation.narrating import watch_records
+from videollm_mod_jax.evaluation.prompts import split_reference
 from videollm_mod_jax.evaluation.samples import INDEX, Row, Samples, in_order
 from videollm_mod_jax.evaluation.stream import evaluate_stream
 from videollm_mod_jax.evaluation.stream_metrics import StreamMetrics, mean_metrics
