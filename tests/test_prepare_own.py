@@ -197,7 +197,7 @@ def test_json_annotations_are_checked_one_by_one(tmp_path):
     assert where.report.dropped == {
         "wrong type": 3,
         "bad time": 1,
-        "reserved text": 1,
+        "not Unicode": 1,
         "not an object": 1,
     }
     assert where.report.examples["wrong type"][0] == (
@@ -216,8 +216,9 @@ def test_json_annotations_are_checked_one_by_one(tmp_path):
         ({"annotations.csv": 'video,time,text\na,1,"b\nc,2,d\n'}, "line 3: unexpected end of data"),
         ({"annotations.csv": 'video,time,text\na,1,"b" c\n'}, "line 2: ',' expected after"),
         ({"annotations.csv": b"video,time,text\na,1,caf\xe9\n"}, "expected UTF-8, found 0xe9 at"),
-        ({"annotations.json": "[1"}, "annotations.json is not json"),
-        ({"annotations.json": "[" * 100_000}, "annotations.json is not json"),
+        ({"annotations.json": "[1"}, "annotations.json: expected a list in json, but Expecting"),
+        ({"annotations.json": "[" * 100_000}, "annotations.json: expected a list in json, but"),
+        ({"annotations.json": '[{"time": 1, "time": 2}]'}, "but the name 'time' comes twice"),
         ({"annotations.json": "{}"}, "expected a list of annotations, found {}"),
         ({"annotations.json": None}, "cannot be read"),
     ],
@@ -304,6 +305,7 @@ def test_what_is_said_after_the_last_frame_comes_at_the_last_frame():
 
 
 @settings(deadline=None, max_examples=300)
+@example([("N", 2.5, "a"), ("Q", 3.7, "b"), ("N", 7.0, "c")], 10, 6, 1.0)
 @example([("Q", 1e-132, "a"), ("N", 1.0, "a")], 1, 1, 0.5)
 @example([("Q", 1e-132, "a"), ("N", 1e-132, "a"), ("N", 1.0, "a")], 1, 1, 0.5)
 @given(

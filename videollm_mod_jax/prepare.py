@@ -96,7 +96,7 @@ def _print_report(report: Report) -> None:
 
 
 def _printable(text: str) -> str:
-    """On one line, for any terminal: damaged files hold line ends and half surrogate pairs."""
+    """On one line, for any terminal: the names in damaged files hold line ends and worse."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

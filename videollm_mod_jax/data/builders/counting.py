@@ -5,7 +5,14 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from videollm_mod_jax.data import dialogue
-from videollm_mod_jax.data.annotations import Record, Videos, frame_range, shown
+from videollm_mod_jax.data.annotations import (
+    FieldError,
+    Record,
+    Videos,
+    check_text,
+    check_unicode,
+    frame_range,
+)
 from videollm_mod_jax.errors import UserError
 
 
@@ -71,8 +78,8 @@ def check_record(record: Record, videos: Videos) -> None:
     """Refuses, before it is stored, a record that training or evaluation would trip over.
 
     Raises:
-      UserError: its frames are not all stored, its turns do not make a conversation, or a text
-        holds `<v>` or half of a surrogate pair.
+      UserError: its frames are not all stored, its turns do not make a conversation, or no
+        dialogue can hold a text.
     """
     stored, frames = videos.frames.get(record.video, 0), frame_range(record, videos.fps)
     if not (frames and 0 <= frames[0] <= frames[-1] < stored):
@@ -81,18 +88,9 @@ def check_record(record: Record, videos: Videos) -> None:
             f"{frames.start} to {frames.stop - 1}"
         )
     dialogue.conversation_of(record, videos.fps, system="")
-    for text in (record.id, *(turn.text for turn in record.turns)):
-        if not can_be_said(text):
-            raise UserError(
-                f"{shown(record.id)}: expected texts without {dialogue.PLACEHOLDER!r} and lone "
-                f"surrogates, found {shown(text)}"
-            )
-
-
-def can_be_said(text: str) -> bool:
-    """Whether a dialogue can hold a text: not with `<v>`, nor with half of a surrogate pair."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return dialogue.PLACEHOLDER not in text
+        check_unicode(record.id, f"{record.id!r}")
+        for number, turn in enumerate(record.turns):
+            check_text(turn.text, f"{record.id}: turn {number}")
+    except FieldError as error:
+        raise UserError(str(error)) from error

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-from videollm_mod_jax.data.annotations import Record, Source, Turn
+from videollm_mod_jax.data.annotations import Record, Source, Turn, ceil_frame
 
 Located = tuple[str, Turn]
 """A turn, and the file and record that it comes from."""
@@ -104,11 +104,11 @@ def _exchanges(turns: Sequence[Located], source: Source, num_frames: int) -> lis
         if turn.role == "user":
             questions.append((where, turn))
             continue
-        frame = min(_frame(turn.time, fps), num_frames - 1)
+        frame = min(ceil_frame(turn.time, fps), num_frames - 1)
         shown = exchanges[-1].end if exchanges else 0
         if questions:
-            asked, latest = _frame(questions[0][1].time, fps), questions[-1][1].time
-            shown = max(shown, _frame(latest, fps))
+            asked, latest = ceil_frame(questions[0][1].time, fps), questions[-1][1].time
+            shown = max(shown, ceil_frame(latest, fps))
             at_once = turn.time == latest or frame < shown
             # Later than the question, or it would be answered at once.
             waited = max(min(turn.time, last), math.nextafter(latest, math.inf))
@@ -130,8 +130,3 @@ def _exchanges(turns: Sequence[Located], source: Source, num_frames: int) -> lis
     for where, question in questions:
         source.report.drop("question without an answer", where, f"{question.text!r}")
     return exchanges
-
-
-def _frame(time: float, fps: float) -> int:
-    # Rounded, because 7 / 25 * 25 is more than 7.
-    return math.ceil(round(time * fps, 6))

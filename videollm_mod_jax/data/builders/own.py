@@ -24,8 +24,8 @@ from videollm_mod_jax.data.annotations import (
     shown,
     text_field,
 )
-from videollm_mod_jax.data.builders.counting import can_be_said
 from videollm_mod_jax.data.builders.cutting import cut
+from videollm_mod_jax.data.builders.json_members import refuse_duplicates
 from videollm_mod_jax.data.video_folder import IMAGES, VIDEOS
 from videollm_mod_jax.errors import UserError
 
@@ -175,9 +175,9 @@ def _csv_rows(path: Path, text: str, report: Report) -> Iterator[tuple[str, Any]
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not json: {error}") from error
+        raise UserError(f"{path}: expected a list in json, but {error}; correct it") from error
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of annotations, found {shown(rows)}")
     for number, row in enumerate(rows):
@@ -201,12 +201,6 @@ def _row(fields: Any, where: str, videos: Videos) -> _Row:
             f"expected a video of the features, found {shown(fields['video'])}",
         )
     text = text_field(fields, "text", where)
-    if not can_be_said(text):
-        raise FieldError(
-            "reserved text",
-            f"{where}: field 'text'",
-            f"expected no '<v>' and no half of a surrogate pair, found {shown(text)}",
-        )
     role = _choice(fields, "role", _ROLES, where)
     split = _choice(fields, "split", _SPLITS, where)
     return _Row(where, video, split, Turn(role, _seconds(fields, where), text))

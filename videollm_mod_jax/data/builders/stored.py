@@ -293,9 +293,7 @@ def _record(example: Mapping[str, Any]) -> Record:
 
 
 def _write_json(path: Path, value: object) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    # The report may quote half of a surrogate pair, which is damage that it reports.
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> Any:
