@@ -155,7 +155,17 @@ def test_repeated_actions_are_counted(directory):
     assert dropped == {"duplicate action": 1}
 
 
-@pytest.mark.parametrize("taxonomy", [[], {"verbs": ["a"]}, {"verbs": ["a"], "nouns": ["", "b"]}])
+TAXONOMIES = [
+    [],
+    {"verbs": ["a"]},
+    {"verbs": ["a"], "nouns": ["", "b"]},
+    {"verbs": ["a"], "nouns": ["<v>"]},
+    {"verbs": ["<V>"], "nouns": ["a"]},
+    {"verbs": ["a"], "nouns": ["\ud800"]},
+]
+
+
+@pytest.mark.parametrize("taxonomy", TAXONOMIES)
 def test_a_damaged_taxonomy_is_an_error(directory, taxonomy):
     write(directory / ego4d_lta.TAXONOMY, taxonomy)
     with pytest.raises(UserError, match=r"fho_lta_taxonomy\.json: .*download"):

@@ -161,6 +161,8 @@ DAMAGE = [
     (lambda one: one.update(text=" \n"), "empty text"),
     (lambda one: one.update(text="C " + "x" * 100_000), "text too long"),
     (lambda one: one.update(text="C \ud800"), "not Unicode"),
+    (lambda one: one.update(text="C sees <v>"), "reserved text"),
+    (lambda one: one.update(text="C sees <#Cv>"), "reserved text"),
     (lambda one: one.update(_annotation_uid=7), "wrong type"),
     (lambda one: one.pop("_annotation_uid"), "missing field"),
     (lambda one: one.update(_annotation_uid="\udfff"), "not Unicode"),
@@ -221,6 +223,14 @@ def test_refined_narrations_are_kept_as_they_are(tmp_path):
     # Video b is in both files: it validates.
     assert source.report.kept == 3
     assert source.report.dropped == {"video of the validation file": 1}
+
+
+def test_a_damaged_name_of_a_refined_stream_is_counted(tmp_path):
+    narrations = [{"time": 0.0, "text": "You sit."}, {"time": 1.0, "text": "You stand."}]
+    write(tmp_path / "refined_narration_stream_train.json", {"a": {"\ud800": narrations}})
+    source = source_of(tmp_path)
+    assert read_all("ego4d_refined_narration", source)["train"] == []
+    assert (source.report.kept, dict(source.report.dropped)) == (0, {"not Unicode": 2})
 
 
 def test_one_file_of_refined_narrations_is_enough(tmp_path):

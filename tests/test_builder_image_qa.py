@@ -30,6 +30,16 @@ def test_gqa_asks_for_a_word_and_takes_the_image_of_its_own_folder(tmp_path):
     assert list(frame_range(splits["test"][0], tiny_qa.FPS)) == [0]
 
 
+def test_gqa_counts_a_question_whose_id_is_damaged(tmp_path):
+    frames = tiny_qa.write_gqa(tmp_path)
+    question = {"question": "Is it overcast?", "imageId": "n161313", "answer": "no"}
+    path = tmp_path / "testdev_balanced_questions.json"
+    tiny_qa.write_json(path, {"\ud800": question, "1": question})
+    report, splits = parse("gqa", tmp_path, frames)
+    assert [r.id for r in splits["test"]] == ["1"]
+    assert (report.kept, report.dropped) == (1, {"not Unicode": 1})
+
+
 def test_scienceqa_puts_the_prompt_of_llava_and_keeps_problems_with_images(tmp_path):
     report, splits = parse("scienceqa", tmp_path, tiny_qa.write_scienceqa(tmp_path))
     assert {split: [r.id for r in records] for split, records in splits.items()} == {
@@ -72,7 +82,10 @@ def test_scienceqa_shortens_double_spaces_as_the_script_of_llava_does(tmp_path):
         ({"choices": list("abcdef")}, "bad choices"),
         ({"choices": ["one", ""]}, "bad choices"),
         ({"choices": ["one", 2]}, "bad choices"),
+        ({"choices": ["one", "<v>"]}, "reserved text"),
+        ({"choices": ["one", "\udfff"]}, "not Unicode"),
         ({"hint": None}, "wrong type"),
+        ({"hint": "<v>"}, "reserved text"),
         ({"question": "\n"}, "empty text"),
         ({"image": 3}, "wrong type"),
         ({"image": "other.png"}, "unknown video"),
@@ -98,6 +111,16 @@ def test_scienceqa_without_a_split_says_so(tmp_path):
     tiny_qa.write_json(tmp_path / "pid_splits.json", {"train": [], "test": []})
     with pytest.raises(UserError, match=r"pid_splits\.json: field 'val': expected a list"):
         parse("scienceqa", tmp_path, {})
+
+
+@pytest.mark.parametrize("file", ["problems.json", "pid_splits.json"])
+def test_scienceqa_refuses_names_that_come_twice(tmp_path, file):
+    frames = tiny_qa.write_scienceqa(tmp_path)
+    text = (tmp_path / file).read_text()
+    name = next(iter(json.loads(text)))
+    (tmp_path / file).write_text(f'{text[:-1]}, "{name}": []}}')
+    with pytest.raises(UserError, match=rf"{file}: the name '{name}' comes twice"):
+        parse("scienceqa", tmp_path, frames)
 
 
 def test_pope_reads_one_object_per_line_of_each_split(tmp_path):
@@ -129,6 +152,7 @@ QUESTION = {
     [
         ('{"question_id": 2, "ima', "not json"),
         ("[" * 100_000, "not json"),
+        (json.dumps(QUESTION)[:-1] + ', "label": "yes"}', "not json"),
         ("7", "not an object"),
         (json.dumps(QUESTION | {"label": "maybe"}), "unknown label"),
         (json.dumps(QUESTION | {"question_id": 1}), "duplicate id"),

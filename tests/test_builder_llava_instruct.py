@@ -95,6 +95,8 @@ BAD = {
     "unpaired turns": GOOD | {"conversations": said("<image>\nWhat?", "That.", "And?")},
     "turn out of order": GOOD | {"conversations": said("<image>\nWhat?", "That.")[::-1]},
     "empty text": GOOD | {"conversations": said("<image>", "That.")},
+    "reserved text": GOOD | {"conversations": said("What is <<image>v>?", "That.")},
+    "not Unicode": GOOD | {"conversations": said("What?", "That \ud83d.")},
     "wrong type": GOOD | {"image": ["a.jpg", "b.jpg"]},
     "missing field": {"image": "a.jpg"},
     "not an object": 7,

@@ -73,6 +73,7 @@ ROW = tiny_qa.VIDEOMME_ROWS[0]
         ({"options": ["1.", "4.", "2.", "3."]}, "bad options"),
         ({"options": [*ROW["options"][:3], 3]}, "bad options"),
         ({"videoID": "absent"}, "unknown video"),
+        ({"options": [*ROW["options"][:3], "D. <v>"]}, "reserved text"),
         ({"question": ""}, "empty text"),
         ({"question_id": "601-1"}, "duplicate id"),
     ],

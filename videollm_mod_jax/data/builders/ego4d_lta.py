@@ -46,12 +46,15 @@ Long-term action anticipation of Ego4D: the model watches {SEEN} actions and lis
 **Files.**
 
 - `{TAXONOMY}`: `{{"verbs": [...], "nouns": [...]}}`
-- {", ".join(f"`{name}`" for name in FILES.values())}, or some of them: `{{"clips":
-  [{{"video_uid", "clip_uid", "clip_parent_start_sec", "action_clip_start_sec",
+- {", ".join(f"`{name}`" for name in FILES.values())}, or some of them:
+  `{{"clips": [{{"video_uid", "clip_uid", "clip_parent_start_sec", "action_clip_start_sec",
   "action_clip_end_sec", "action_idx", "verb_label", "noun_label"}}]}}`, one entry for each action;
   the last file has no labels.
 
-The benchmark splits clips, not videos: another clip of a video of `validation` may be in `train`.
+Splits: `train`, `validation`, `test`.
+
+They are the files. The benchmark splits clips, not videos: another clip of a video of `validation`
+may be in `train`.
 
 **Records.** One for each run of {SEEN + ASKED} actions of a clip, in order of `action_idx`:
 question, frames from the beginning of the first to the end of the {SEEN}th (both rounded to the
@@ -70,8 +73,9 @@ for a few that would be called the same. `labels` has all of these words, "verb:
 of the benchmark calls the record: `{{"verbs", "nouns", "clip_uid", "last_visible_action_idx"}}`.
 In `test`, where there is no answer, it has only the latter two.
 
-Dropped and counted: an action that is damaged, or of the index of another; and one that is in no
-run of {SEEN + ASKED}, because its clip has fewer, or those with it hold a damaged action, more than
+Dropped and counted: an action with fields that are missing, mistyped, empty, too long, or hold
+`<v>` or half of a surrogate pair, or with the index of another; and one that is in no run of
+{SEEN + ASKED}, because its clip has fewer, or those with it hold a dropped action, more than
 `max_frames` frames or fewer than two.
 """
 
@@ -166,7 +170,7 @@ def _read_taxonomy(path: Path) -> _Taxonomy:
         for name in itertools.chain(*names):
             if not isinstance(name, str) or not word(name).strip():
                 raise FieldError("", str(path), f"expected names of classes, found {shown(name)}")
-            check_text(name, str(path))
+            check_text(answer_text([(word(name), word(name))]), str(path))
     except FieldError as error:
         raise UserError(f"{error}; download the file again") from error
     return _Taxonomy(*([word(name) for name in kind] for kind in names))

@@ -22,6 +22,7 @@ from videollm_mod_jax.data.annotations import (
     Source,
     Turn,
     Videos,
+    check_text,
     check_unicode,
     shown,
 )
@@ -139,14 +140,16 @@ def count_records(
     Args:
       annotations: what error messages call each, and the annotation.
       build: makes the record of an annotation, or raises FieldError.
-      report: is told which are kept, and which are dropped: those that `build` refuses, and those
-        whose id is a "duplicate id" or "not Unicode".
+      report: is told which are kept, and which are dropped: those that `build` refuses, those whose
+        id is a "duplicate id" or "not Unicode", and those of which `check_text` refuses a text.
     """
     seen: set[str] = set()
     for where, annotation in annotations:
         try:
             record = build(where, annotation)
             check_unicode(record.id, where)
+            for turn in record.turns:
+                check_text(turn.text, where)  # put together of fields: "<<image>v>" without <image>
             if record.id in seen:
                 raise FieldError("duplicate id", where, f"{shown(record.id)} came before")
         except FieldError as error:
