@@ -31,7 +31,8 @@ A video is found in the features by its YouTube id, whatever folder it was encod
 (19% of a sample in 2026), so give the number of records with every accuracy.
 
 ## Records
-Splits `train` and `test`.
+Splits: `train`, `test`.
+
 {records}
 
     User: {question}
@@ -40,7 +41,7 @@ Splits `train` and `test`.
 
 The first and the last frame are those at or after the beginning and the end of the clip. All
 silence is learnt. Names begin with a capital and end with a full stop; the rest is in lower case,
-acronyms too, as upstream writes them. A clip of more frames than a record may have is shown with a
+acronyms too, as upstream writes them. A clip of more than `max_frames` frames is shown with a
 stride.
 
 The target is `{{"labels": [...]}}`: what the answer says, in order. The labels of the dataset are
@@ -52,7 +53,8 @@ One annotation is one {unit}.
 - "unknown subset", "duplicate id": an entry that is in neither split, or comes a second time.
 - "unordered times": a clip that ends before it begins.
 - "outside the video": a clip that begins after the features end. Upstream shows their last frame.
-{dropped}- Fields that are missing, mistyped, empty or not Unicode.
+{dropped}- Fields that are missing, mistyped, empty, too long, or hold `<v>` or half of a surrogate
+  pair.
 
 ## Why others got 10% instead of 63%
 Users of the code of VideoLLM-online (showlab/videollm-online) got 10.3 for steps, 12.9 for next

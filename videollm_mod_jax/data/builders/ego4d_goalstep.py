@@ -43,8 +43,8 @@ of the videos of Ego4D, named by their uid.
 speak of seconds, have been left out there.
 
 {ego4d_splits.PAGE}
-Upstream trains on all dialogues, also on those about videos on which narration is validated. Here
-they are the splits `validation` and `test`.
+Upstream trains on all dialogues, also on those about videos on which narration is validated; these
+are in `validation` and `test` here.
 
 **Records.** One for each dialogue. A question comes after the last frame at or before its time, an
 answer at the same time follows it, another answer comes after the first frame at or after its
@@ -58,8 +58,9 @@ Dropped and counted, as upstream does: a dialogue that does not begin with a que
 video; an answer that another follows at the same time, or that no frame separates from the turn
 before it; a turn after the end of the video, before the turn before it, or a question at the time
 of another turn, and all turns after it; turns more than `max_frames` frames into the record. Not as
-upstream: a damaged answer goes alone, a damaged question with all turns after it; a question that
-nothing answers goes from the end of a dialogue.
+upstream: an answer with fields that are missing, mistyped, empty, too long, or hold `<v>` or half
+of a surrogate pair goes alone, such a question with all turns after it; a question that nothing
+answers goes from the end of a dialogue.
 """
 
 

@@ -3,18 +3,19 @@
 from videollm_mod_jax.data.builders import ego4d_splits
 
 _CONVERSATION = """\
-One for what one annotator said about one stretch of a video (its annotation uid): narrations
-in order of time, each after the first frame at or after its time. The stretch begins with the frame
-of the first narration and ends with that of the last. After the first frame the user asks for
-narration; the first narration is the answer. At 2 fps (`|` a frame, U the user, A B C narrations
-at 1.2, 2.0 and 3.4 s):
+**Records.** One for what one annotator said about one stretch of a video (its annotation uid):
+narrations in order of time, each after the first frame at or after its time. The stretch begins
+with the frame of the first narration and ends with that of the last. After the first frame the user
+asks for narration; the first narration is the answer. At 2 fps (`|` a frame, U the user, A B C
+narrations at 1.2, 2.0 and 3.4 s):
 
     |1.5 U A |2.0 B |2.5 |3.0 |3.5 C
 
 Dropped and counted, as upstream does: a narration that repeats the one before it; the earlier of
 two in one frame; what follows a narration of the last frame; what lies more than `max_frames`
 frames into the record. Not as upstream: what lies more than a frame after the end of the
-video (upstream says the first of them at the last frame, whatever its time), and damage."""
+video (upstream says the first of them at the last frame, whatever its time), and narrations whose
+fields are missing, mistyped, empty, too long, or hold `<v>` or half of a surrogate pair."""
 
 PAGE = f"""\
 Narrations of Ego4D in the words of its annotators, in which C is the camera wearer.
@@ -34,7 +35,7 @@ Narrations of Ego4D in the words of its annotators, in which C is the camera wea
 Other fields are not read.
 
 {ego4d_splits.PAGE}
-**Records.** {_CONVERSATION}
+{_CONVERSATION}
 
 Cleaned: `#C`, `#O`, `#unsure` and other `#` go, so do full stops, commas and spaces at both ends;
 then a full stop comes last, and the first word begins with a capital. Dropped is what has fewer
@@ -51,11 +52,15 @@ make them with data/preprocess/ego4d_narration_refinement.py of showlab/videollm
 are of the videos of Ego4D, named by their uid.
 
 **Files.** `refined_narration_stream_train.json` and `refined_narration_stream_val.json`, or one of
-them: `{{VIDEO: {{ANNOTATION_UID: [{{"time": seconds, "text": ...}}]}}}}`. Cleaning and splits have
-been done there: upstream counts 113 thousand streams in both. A video of the validation file is
-dropped from the other. (The script of upstream's released model trains on both.)
+them: `{{VIDEO: {{ANNOTATION_UID: [{{"time": seconds, "text": ...}}]}}}}`. Cleaning has been done
+there: upstream counts 113 thousand streams in both.
 
-**Records.** {_CONVERSATION}
+Splits: `train`, `validation`.
+
+They are the files. A video of the validation file is dropped from the other. (The script of
+upstream's released model trains on both.)
+
+{_CONVERSATION}
 
 Upstream draws one of ten requests for narration each time it visits a record; here the name of the
 record decides.

@@ -44,9 +44,11 @@ LISTS = {
 GROUPS = "goalstep_video_groups.tsv"
 
 PAGE = f"""\
-**Splits.** A video that another benchmark of Ego4D validates on is in `validation`, one that it
-tests on in `test`, all others in `train`. That takes sixteen more files of the same download, all
-of them: `BENCHMARK_val.json` and `BENCHMARK_test_unannotated.json` for
+Splits: `train`, `validation`, `test`.
+
+A video that another benchmark of Ego4D validates on is in `validation`, one that it tests on in
+`test`, all others in `train`. That takes sixteen more files of the same download, all of them:
+`BENCHMARK_val.json` and `BENCHMARK_test_unannotated.json` for
 
     {" ".join(BENCHMARKS)}
 
@@ -56,7 +58,9 @@ unawares.
 
 Whoever has not got them, or wants another rule, writes lists of video names, as json arrays:
 
-    {" ".join(LISTS.values())}
+    {LISTS["train"]}
+    {LISTS["validation"]}
+    {LISTS["test"]}
 
 If any of the three is there, only they count, and a video in none of them is dropped. It takes no
 more than the first to train on a few videos of one's own in this layout.

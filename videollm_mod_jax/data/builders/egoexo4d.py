@@ -78,9 +78,10 @@ such as `georgiatech_covid_07_6/frame_aligned_videos/downscaled/448/aria02_214-1
 be there, but not the same one at two sizes.
 
 ## Records
-Splits `train` and `validation`. The labels of the test split are not published; ProVideLLM (arXiv
-2504.13915) takes the results of VideoLLM-MoD for those of the validation split. One record per
-segment, essential or not:
+Splits: `train`, `validation`.
+
+The labels of the test split are not published; ProVideLLM (arXiv 2504.13915) takes the results of
+VideoLLM-MoD for those of the validation split. One record per segment, essential or not:
 
     User: {_QUESTION}
     [the frames of the segment]
@@ -89,8 +90,8 @@ segment, essential or not:
 The classes are the 278 keysteps that have 20 segments or more. VideoLLM-MoD has published neither
 question nor layout; these are the ones of `coin_step`. The first and the last frame are those at or
 after the beginning and the end of the segment, and all silence is learnt. Names begin with a
-capital and end with a full stop, the rest is in lower case. A segment of more frames than a record
-may have is shown with a stride. The target is `{{"labels": ["Unbox package."]}}`; the labels of the
+capital and end with a full stop, the rest is in lower case. A segment of more than `max_frames`
+frames is shown with a stride. The target is `{{"labels": ["Unbox package."]}}`; the labels of the
 dataset are the classes, in alphabetical order.
 
 ## Dropped
@@ -101,7 +102,7 @@ One annotation is one segment.
 - "duplicate id": a take that comes a second time, also in the other file.
 - "unordered times", "outside the video": a segment that ends before it begins, or begins after the
   features end.
-- Fields that are missing, mistyped, empty or not Unicode.
+- Fields that are missing, mistyped, empty, too long, or hold `<v>` or half of a surrogate pair.
 """
 
 

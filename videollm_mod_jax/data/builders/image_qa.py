@@ -33,15 +33,17 @@ LLaVA's `llava_gqa_testdev_balanced.jsonl` has the same questions without answer
 needed. Encode the folder of `images`.
 
 ## Records
-One split, `test`; one record per question, called by its id: the image, the question as LLaVA-1.5
-puts it (docs/Evaluation.md), and `answer`.
+Splits: `test`.
+
+It is test-dev, whose answers are published, and on which papers report. One per question, called by
+its id: the image, the question as LLaVA-1.5 puts it (docs/Evaluation.md), and `answer`.
 
     Is it overcast?
     Answer the question using a single word or phrase.
 
 ## Dropped
 - "unknown video", "ambiguous video", "no frames": images that the features lack.
-- Questions with missing, mistyped or empty fields.
+- Fields that are missing, mistyped, empty, too long, or hold `<v>` or half of a surrogate pair.
 """
 
 SCIENCEQA_PAGE = """\
@@ -63,10 +65,12 @@ https://github.com/lupantech/ScienceQA: `problems.json`, `pid_splits.json` and t
 lists of problem ids. Images are called `test/1/image` or `1/image`: encode the folder of `images`.
 
 ## Records
-Splits `train`, `validation` and `test`; one record per problem with an image, called by its split
-and id, such as `test/1`: the image, the problem, and the letter of the right choice. The text is
-that of LLaVA's `llava_test_CQM-A.json` (scripts/convert_sqa_to_llava_base_prompt.py) with what
-`model_vqa_science.py --single-pred-prompt` adds:
+Splits: `train`, `validation`, `test`.
+
+One per problem with an image, called by its published split and id, such as `val/1`: the image, the
+problem, and the letter of the right choice. The text is that of LLaVA's `llava_test_CQM-A.json`
+(scripts/convert_sqa_to_llava_base_prompt.py) with what `model_vqa_science.py --single-pred-prompt`
+adds:
 
     Context: N/A
     Question: Which ...?
@@ -82,7 +86,8 @@ that of LLaVA's `llava_test_CQM-A.json` (scripts/convert_sqa_to_llava_base_promp
 - "unknown problem": ids of `pid_splits.json` that `problems.json` lacks.
 - "bad choices", "unknown answer": not 2 to 5 texts, not the place of one.
 - "unknown video", "ambiguous video", "no frames": images that the features lack.
-- "duplicate id", and problems with missing, mistyped or empty fields.
+- "duplicate id".
+- Fields that are missing, mistyped, empty, too long, or hold `<v>` or half of a surrogate pair.
 """
 
 _GQA = "https://cs.stanford.edu/people/dorarad/gqa/download.html"

@@ -37,8 +37,10 @@ are: one object per line,
 (not broken as here). Encode `val2014`.
 
 ## Records
-One split, `test`; one record per question, called by its file and question_id, such as
-`adversarial/1`: the image, the question as LLaVA-1.5 puts it, and `label`.
+Splits: `test`.
+
+One per question, called by its file and question_id, such as `adversarial/1`: the image, the
+question as LLaVA-1.5 puts it, and `label`.
 
     Is there a snowboard in the image?
     Answer the question using a single word or phrase.
@@ -49,7 +51,7 @@ One split, `test`; one record per question, called by its file and question_id, 
 ## Dropped
 - "not json": damaged lines. "unknown label": neither yes nor no. "duplicate id".
 - "unknown video", "ambiguous video", "no frames": images that the features lack.
-- Questions with missing, mistyped or empty fields.
+- Fields that are missing, mistyped, empty, too long, or hold `<v>` or half of a surrogate pair.
 """
 
 MME_PAGE = """\
@@ -75,9 +77,10 @@ Encode the source directory itself: images are then called `existence/0000000060
 `artwork/images/14777` where they have a folder of their own.
 
 ## Records
-One split, `test`; one record per question, such as `existence/000000006040/1`: the image, the
-question as LLaVA-1.5 puts it ("Please answer yes or no." replaced by its own instruction), and the
-answer.
+Splits: `test`.
+
+One per question, such as `existence/000000006040/1`: the image, the question as LLaVA-1.5 puts it
+("Please answer yes or no." replaced by its own instruction), and the answer.
 
     Is there a pottedplant in this image?
     Answer the question using a single word or phrase.
@@ -86,7 +89,7 @@ answer.
 `task` and `image` (its name in the task), by which acc+ finds the two questions of an image.
 
 ## Dropped
-- "bad line": not a question, a tab, and yes or no.
+- "bad line": not a question, a tab, and yes or no. "reserved text": a question with `<v>`.
 - "unpaired question": the other lines of an image that does not have exactly two good ones, for
   which acc+ is not defined.
 - "unknown video", "ambiguous video", "no frames": images that the features lack.

@@ -45,11 +45,13 @@ Encode the folder to which the paths are relative (LLaVA's `playground/data`); a
 only stored video or image whose name ends in it. Extensions do not matter.
 
 ## Records
-One split, `train`; one record per sample. As in LLaVA (llava/train/train.py,
-`preprocess_multimodal`) `<image>` and `<video>` are taken out of the text, and the image or video
-comes first; then all turns, at its end. All answers are learnt. A video longer than the longest
-record is shown with a stride. Ids of samples repeat in the published files, so a record is called
-after its file and place: `llava_v1_5_mix665k/17`.
+Splits: `train`.
+
+One per sample. As in LLaVA (llava/train/train.py, `preprocess_multimodal`) `<image>` and `<video>`
+are taken out of the text, and the image or video comes first; then all turns, at its end. All
+answers are learnt. A video of more than `max_frames` frames is shown with a stride. Ids of samples
+repeat in the published files, so a record is called after its file and place:
+`llava_v1_5_mix665k/17`.
 
 ## Dropped
 - "no image or video": text-only samples, 40,688 in `llava_v1_5_mix665k.json` (ShareGPT; see
@@ -58,7 +60,7 @@ after its file and place: `llava_v1_5_mix665k/17`.
 - "unpaired turns", "turn out of order": conversations other than human, gpt, human, gpt ...
 - "unknown video", "ambiguous video", "no frames": what the features lack. Some OCR-VQA images are
   no longer online.
-- Samples with missing, mistyped or empty fields.
+- Fields that are missing, mistyped, empty, too long, or hold `<v>` or half of a surrogate pair.
 """
 
 _DOWNLOAD = "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K"

@@ -24,17 +24,19 @@ ACTIVITYNET = "https://github.com/MILVLG/activitynet-qa/tree/master/dataset"
 
 _RECORDS = """
 ## Records
+Splits: `train`, `validation`, `test`.
+
 One per question: the whole video, then the question as published and nothing else, as
 Video-ChatGPT, Video-LLaVA and LLaMA-VID put it (`run_inference_activitynet_qa.py`,
-`run_inference_video_qa.py`, `model_activitynet_qa.py`), then the answer. A video longer than the
-longest record is shown with a stride. A record is called after its split and question id:
-`test/37348`.
+`run_inference_video_qa.py`, `model_activitynet_qa.py`), then the answer. A video of more than
+`max_frames` frames is shown with a stride. A record is called after its split and question id:
+`test/37348`. A split whose files are not there is left out.
 
 ## Dropped
 - "unknown video", "ambiguous video", "no frames": what the features lack.
 - "no answer": questions whose id is not in the file of answers, or whose answer there is damaged.
 - "duplicate id": all questions of an id but the first.
-- Questions with missing, mistyped or empty fields.
+- Fields that are missing, mistyped, empty, too long, or hold `<v>` or half of a surrogate pair.
 """
 
 _ORIGINAL = """

@@ -46,9 +46,10 @@ The source directory has one of
 Videos are called by their YouTube id, as in the archives: `fFjv93ACGo8`.
 
 ## Records
-One split, `test`; one record per question, called by its question_id: the whole video, then the
-authors' prompt for the setting without subtitles (README of BradyFU/Video-MME), then the letter of
-the right option.
+Splits: `test`.
+
+One per question, called by its question_id: the whole video, then the authors' prompt for the
+setting without subtitles (README of BradyFU/Video-MME), then the letter of the right option.
 
     Select the best answer to the following multiple-choice question based on the video. Respond
     with only the letter (A, B, C, or D) of the correct option.
@@ -59,7 +60,7 @@ the right option.
     D. 13.
     The best answer is:
 
-The first two lines are one. A video longer than the longest record is shown with a stride: at 2
+The first two lines are one. A video of more than `max_frames` frames is shown with a stride: at 2
 frames per second and 600 frames, an hour has every twelfth frame, one in 6 seconds.
 
 ## Target
@@ -70,7 +71,8 @@ frames per second and 600 frames, an hour has every twelfth frame, one in 6 seco
 - "unknown video", "ambiguous video", "no frames": what the features lack.
 - "bad options": not four texts that begin "A.", "B.", "C.", "D."
 - "unknown duration", "unknown answer", "unknown address"; "duplicate id".
-- Questions with missing, mistyped or empty fields; a video without a list of them counts as one.
+- Fields that are missing, mistyped, empty, too long, or hold `<v>` or half of a surrogate pair; a
+  video without a list of questions counts as one.
 """
 
 _DOWNLOAD = "https://huggingface.co/datasets/lmms-lab/Video-MME"
