@@ -83,6 +83,6 @@ def get_config(model: str) -> ml_collections.ConfigDict:
         "benchmarks": {"digits_stream": "test"},
         "around_training": "digits_stream",
         "batch_size": 4,
-        "answer_tokens": 32,
+        "answer_tokens": 64,
     }
     return config

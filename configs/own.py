@@ -42,4 +42,6 @@ def get_config(model: str) -> ml_collections.ConfigDict:
     config.training.keep_best = 0
     config.evaluation.benchmarks = {"own": "validation"}
     config.evaluation.around_training = ""
+    # A small vocabulary spells words out.
+    config.evaluation.answer_tokens = 128
     return config
