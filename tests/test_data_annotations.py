@@ -1,6 +1,7 @@
 """Frames of records, fields of text, and the report of what became of annotations."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,8 @@ from videollm_mod_jax.data.annotations import (
     FieldError,
     Record,
     Report,
+    Source,
+    Videos,
     ceil_frame,
     check_unicode,
     frame_range,
@@ -26,6 +29,15 @@ def test_drawn_examples_of_frames():
     assert ceil_frame(1.2, 2.0) == 3
     assert "1.2 s   ->   frame 3, at 1.5 s" in ceil_frame.__doc__
     assert ceil_frame(7 / 25, 25.0) == 7 < 7 / 25 * 25
+
+
+def test_drawn_example_of_a_stride():
+    source = Source(Path(), Videos(2.0, {}), 4, Report())
+    assert source.stride(10) == 3
+    assert "10 frames, max_frames 4   ->   3: frames 0 3 6 9" in Source.stride.__doc__
+    for frames in range(1, 50):
+        assert len(range(0, frames, source.stride(frames))) <= 4
+        assert source.stride(frames) == 1 or len(range(0, frames, source.stride(frames) - 1)) > 4
 
 
 @pytest.mark.parametrize("fps", [0.5, 2.0, 25.0, 29.97])

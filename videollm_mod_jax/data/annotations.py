@@ -165,6 +165,15 @@ class Source:
     max_frames: int
     report: Report
 
+    def stride(self, num_frames: int) -> int:
+        """How far apart frames are shown, evenly from beginning to end, to be `max_frames` at most.
+
+        ```
+        10 frames, max_frames 4   ->   3: frames 0 3 6 9
+        ```
+        """
+        return -(-num_frames // self.max_frames)
+
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:

@@ -78,7 +78,7 @@ def clip_record(
             f"begins at {start:g} s, the features end at {videos.duration(video):g} s",
         )
     frames = clip_frames(start, end, videos.fps, videos.frames[video])
-    shown = frames[:: -(-len(frames) // source.max_frames)]
+    shown = frames[:: source.stride(len(frames))]
     return Record(
         id=record_id,
         video=video,

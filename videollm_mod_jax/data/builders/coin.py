@@ -7,7 +7,7 @@ and data/coin/benchmarks.py), on whose COIN benchmark VideoLLM-MoD reports.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from videollm_mod_jax.data.annotations import (
@@ -24,7 +24,7 @@ from videollm_mod_jax.data.annotations import (
 from videollm_mod_jax.data.builders import coin_page
 from videollm_mod_jax.data.builders.clips import clip_record, label
 from videollm_mod_jax.data.builders.json_members import object_members
-from videollm_mod_jax.data.builders.questions import StoredNames, count_records
+from videollm_mod_jax.data.builders.questions import StoredNames, count_records, listed
 from videollm_mod_jax.errors import UserError
 
 FILE = "COIN.json"
@@ -115,7 +115,9 @@ def _read_steps(question: _Question, source: Source) -> Parsed:
                 video, task = stored.find(where, name), _task_name(entry, where)
                 annotations = field(entry, "annotation", list, where)
             except FieldError as error:
-                source.report.drop(error.reason, error.where, error.what, len(_annotations(entry)))
+                source.report.drop(
+                    error.reason, error.where, error.what, len(listed(entry, "annotation"))
+                )
                 continue
             steps = [
                 _step(source, step, f"{where}: step {i}") for i, step in enumerate(annotations)
@@ -125,11 +127,11 @@ def _read_steps(question: _Question, source: Source) -> Parsed:
             yield from count_records(numbers, build, source.report)
 
     def labels(entry: Any) -> Iterator[str]:
-        for step in _annotations(entry):
+        for step in listed(entry, "annotation"):
             with contextlib.suppress(FieldError):
                 yield _step_label(step, FILE)
 
-    return _read(source, records, labels, lambda entry: len(_annotations(entry)))
+    return _read(source, records, labels, lambda entry: len(listed(entry, "annotation")))
 
 
 def _step_record(
@@ -232,12 +234,6 @@ def _split(entry: Any, where: str) -> str:
         f"{where}: field 'subset'",
         f"expected 'training' or 'testing', found {shown(subset)}",
     )
-
-
-def _annotations(entry: Any) -> list[Any]:
-    """The steps of an entry, whatever they hold; an entry without a list of steps counts as one."""
-    steps = entry.get("annotation") if isinstance(entry, Mapping) else None
-    return steps if isinstance(steps, list) else [None]
 
 
 def _step(source: Source, annotation: Any, where: str) -> _Step | None:

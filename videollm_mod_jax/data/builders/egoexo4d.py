@@ -26,7 +26,7 @@ from videollm_mod_jax.data.annotations import (
 )
 from videollm_mod_jax.data.builders.clips import clip_record, label
 from videollm_mod_jax.data.builders.json_members import object_members
-from videollm_mod_jax.data.builders.questions import count_records
+from videollm_mod_jax.data.builders.questions import count_records, listed
 from videollm_mod_jax.errors import UserError
 
 CLASSES = "keystep_benchmark/label_mapping.csv"
@@ -123,7 +123,9 @@ def _read(source: Source) -> Parsed:
                 segments = field(take, "segments", list, where)
                 video = _find(source.videos, stored, text_field(take, "take_name", where), where)
             except FieldError as error:
-                source.report.drop(error.reason, error.where, error.what, len(_segments(take)))
+                source.report.drop(
+                    error.reason, error.where, error.what, len(listed(take, "segments"))
+                )
                 continue
             build = functools.partial(_record, source, classes, uid, video)
             places = ((f"{where}: segment {i}", (i, one)) for i, one in enumerate(segments))
@@ -204,12 +206,6 @@ def _find(videos: Videos, stored: Mapping[str, list[str]], take: str, where: str
     if not videos.frames[found[0]]:
         raise FieldError("no frames", where, f"{shown(found[0])} has no frames")
     return found[0]
-
-
-def _segments(take: Any) -> list[Any]:
-    """The segments of a take, whatever they hold; a take without a list of them counts as one."""
-    segments = take.get("segments") if isinstance(take, Mapping) else None
-    return segments if isinstance(segments, list) else [None]
 
 
 def _class_of(segment: Any, classes: Mapping[int, str], where: str) -> str:

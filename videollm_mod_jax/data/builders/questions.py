@@ -102,12 +102,8 @@ def whole_video(
 ) -> Record:
     """A record that shows a whole video and then puts questions.
 
-    A video of more than `source.max_frames` frames is shown with a stride, evenly from beginning to
-    end, so that a question about its last minute can be answered too:
-
-    ```
-    10 frames, max_frames 4   ->   stride 3, frames 0 3 6 9
-    ```
+    A video of more than `source.max_frames` frames is shown with a stride, so that a question about
+    its last minute can be answered too.
 
     Args:
       record_id: unique in the dataset.
@@ -127,7 +123,7 @@ def whole_video(
             for exchange in exchanges
             for role, text in zip(("user", "assistant"), exchange, strict=True)
         ),
-        stride=-(-source.videos.frames[video] // source.max_frames),
+        stride=source.stride(source.videos.frames[video]),
         target=target,
     )
 
@@ -158,6 +154,15 @@ def count_records(
         seen.add(record.id)
         report.keep()
         yield record
+
+
+def listed(entry: Any, name: str) -> list[Any]:
+    """The annotations that a field of an entry lists, whatever they hold, to count them.
+
+    An entry without the list counts as one annotation.
+    """
+    found = entry.get(name) if isinstance(entry, Mapping) else None
+    return found if isinstance(found, list) else [None]
 
 
 def numbered(path: Path, download: str) -> Iterator[tuple[str, Any]]:
