@@ -73,6 +73,11 @@ def test_records_come_back_exactly_and_in_order(tmp_path):
     assert opened.records("train")[-1] == RECORDS[-1]
 
 
+def test_many_records_keep_their_order(tmp_path):
+    many = [dataclasses.replace(RECORDS[1], id=f"{number}") for number in range(60)]
+    assert list(stored.open_dataset(write(tmp_path, train=many)).records("train")) == many
+
+
 def test_times_keep_the_frames_that_float32_would_move(tmp_path):
     read = stored.open_dataset(write(tmp_path, train=RECORDS)).records("train")[0]
     rounded = dataclasses.replace(RECORDS[0], start=float(np.float32(RECORDS[0].start)))
@@ -115,6 +120,7 @@ def test_what_the_records_share_is_kept(tmp_path):
     path = stored.write_dataset(toy, where, tmp_path / "out")
     opened = stored.open_dataset(path)
     assert path == tmp_path / "out" / "toy" == opened.directory
+    assert [inside.name for inside in path.iterdir()] == ["1.0.0"]
     assert (opened.name, opened.benchmark, opened.labels) == ("toy", "stream", ("a", "b"))
     assert (opened.fps, opened.max_frames) == (30.0, 500)
     # 5400.1 to 5410.12 s at 30 fps, every seventh of 90 frames, and frames 10 to 19.
