@@ -12,6 +12,7 @@ import pytest
 from tests import tiny, tiny_stream
 from videollm_mod_jax import encode, evaluate, prepare, stream
 from videollm_mod_jax.data.video import write_video
+from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM, init_variables
 from videollm_mod_jax.train import train
 from videollm_mod_jax.training.checkpoint import save_model
@@ -64,6 +65,21 @@ def places(tmp_path_factory):
     return root
 
 
+def own_config(places):
+    """configs/own.py for these videos."""
+    spec = importlib.util.spec_from_file_location("own", ROOT / "configs" / "own.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(str(places / "model"))
+    config.data.sources.own.update(
+        records=str(places / "datasets" / "own"), features=str(places / "features")
+    )
+    config.data.update(frames=FRAMES, text_tokens=128, labels=112)
+    config.training.update(steps=250, checkpoint_every=250, log_every=50)
+    config.training.update(scan=False, remat=False)
+    return config
+
+
 @pytest.fixture(scope="module")
 def run(places):
     """The videos encoded, the table prepared, and a model that knows them by heart."""
@@ -72,17 +88,7 @@ def run(places):
     assert encode.main([*command, "--out", folders["features"], "--workers", "1"]) == 0
     command = ["--dataset", "own", "--source", folders["notes"], "--features", folders["features"]]
     assert prepare.main([*command, "--out", str(places / "datasets"), "--max-frames", "12"]) == 0
-    spec = importlib.util.spec_from_file_location("own", ROOT / "configs" / "own.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(folders["model"])
-    config.data.sources.own.update(
-        records=str(places / "datasets" / "own"), features=folders["features"]
-    )
-    config.data.update(frames=FRAMES, text_tokens=128, labels=112)
-    config.training.update(steps=250, checkpoint_every=250, log_every=50)
-    config.training.update(scan=False, remat=False)
-    train(config, places / "run")
+    train(own_config(places), places / "run")
     return places / "run"
 
 
@@ -105,3 +111,9 @@ def test_the_evaluation_agrees_and_says_that_it_asked_what_was_learnt(run, tmp_p
     assert forced["time_diff"] == 0
     assert forced["lm_correctness"] == forced["fluency"] == 1
     assert alone["f1"] == alone["f1_in_window"] == 1
+
+
+def test_a_run_whose_data_changed_is_refused(run, places):
+    (run / "trained_on.json").write_text('{"own": {"morning/one": [[0.0, 6.0]]}}')
+    with pytest.raises(UserError, match="the run began with other records than there are now"):
+        train(own_config(places), run)

@@ -97,8 +97,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, profile_steps:
         sources = Sources(experiment.data, workdir)
     start = _Start.prepare(experiment, sources, workdir, console)
     model, tokenizer, tower = start.model, start.tokenizer, start.tower
-    if distributed.is_lead():
-        checkpoint.write_json(workdir / TRAINED_ON, sources.training_stretches())
+    _remember_data(sources, workdir)
     tower_name = fingerprint(model, tower)
 
     def examples(name: str, split: str, training: bool = False) -> Examples:
@@ -108,13 +107,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, profile_steps:
         return examples_for(model, tower_name, sources, name, split, tokenizer, training)
 
     learnt = {name: examples(name, TRAIN, training=True) for name in sources.trained}
-    for name, one in learnt.items():
-        cut, looked_at = one.count_cut(_CUT_SAMPLE)
-        if cut:
-            console.print(
-                f"{name}: {cut} of {looked_at} training conversations exceed data.frames, "
-                "text_tokens or labels and end early; raise them to learn the rest"
-            )
+    _report_cuts(learnt, console)
     # They end early where training conversations would, and are never disturbed.
     validated = [
         examples(name, VALIDATION, training=True)
@@ -181,6 +174,33 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, profile_steps:
             soft_wrap=True,
         )
     return report
+
+
+def _remember_data(sources: Sources, workdir: Path) -> None:
+    """Writes what is learnt from, which a run that goes on must find as it was.
+
+    Raises:
+      UserError: it differs from what the run began with.
+    """
+    path, stretches = workdir / TRAINED_ON, sources.training_stretches()
+    with distributed.lead_first("data") as lead:
+        if path.exists() and checkpoint.read_json(path) != stretches:
+            raise UserError(
+                f"{path}: the run began with other records than there are now; prepare the "
+                "datasets as they were, or choose another workdir"
+            )
+        if lead:
+            checkpoint.write_json(path, stretches)
+
+
+def _report_cuts(learnt: Mapping[str, Examples], console: Console) -> None:
+    for name, examples in learnt.items():
+        cut, looked_at = examples.count_cut(_CUT_SAMPLE)
+        if cut:
+            console.print(
+                f"{name}: {cut} of {looked_at} training conversations exceed data.frames, "
+                "text_tokens or labels and end early; raise them to learn the rest"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
