@@ -42,6 +42,8 @@ def test_drawn_example_of_a_stride():
 
 @pytest.mark.parametrize("fps", [0.5, 2.0, 25.0, 29.97])
 def test_a_question_before_a_frame_comes_after_the_frame_before_it(fps):
+    assert time_before(7, 2.0) == 3.25
+    assert "before frame 7   ->   3.25 s" in time_before.__doc__
     for frame in range(1, 1000):
         time = time_before(frame, fps)
         assert (frame - 1) / fps < time < frame / fps

@@ -85,10 +85,14 @@ def ceil_frame(seconds: float, fps: float) -> int:
 
 
 def time_before(frame: int, fps: float) -> float:
-    """When a question is put that comes before a frame: in the middle between it and the last one.
+    """When a question is put that comes before a frame: half a frame earlier.
 
-    An answer is said at the time of a frame, so that it is never at the time of this question,
-    which would put it before the frame too.
+    An answer is said at the time of a frame, so that it is never at the very time of the question,
+    which would put it before the frame too:
+
+    ```
+    2 fps, question before frame 7   ->   3.25 s, between the frames at 3.0 and 3.5 s
+    ```
     """
     return (frame - 0.5) / fps
 
