@@ -32,5 +32,5 @@ def get_config(argument: str = "v5e-16") -> ml_collections.ConfigDict:
     config.training.validate_every = 0
     config.training.keep_best = 0
     config.evaluation.benchmarks = dict.fromkeys(QUESTIONS, "test")
-    config.evaluation.answer_tokens = 128
+    config.evaluation.answer_tokens = 512
     return config

@@ -31,5 +31,5 @@ def get_config(argument: str = "v5e-16") -> ml_collections.ConfigDict:
     config.data.disturb_probability = 0.0
     config.training.optimizer.learning_rate = 3e-4
     config.evaluation.benchmarks = {"ego4d_lta": "validation"}
-    config.evaluation.answer_tokens = 256
+    config.evaluation.answer_tokens = 512
     return config

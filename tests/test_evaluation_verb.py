@@ -9,11 +9,10 @@ import jax
 import pytest
 
 from videollm_mod_jax import evaluate
-from videollm_mod_jax.data.sources import Sources
+from videollm_mod_jax.data.sources import TRAINED_ON, Sources
 from videollm_mod_jax.evaluation import running
 from videollm_mod_jax.experiment import Experiment, plain
 from videollm_mod_jax.models import VideoLLM, init_variables
-from videollm_mod_jax.train import TRAINED_ON
 from videollm_mod_jax.training.checkpoint import CONFIG_FILE, save_model, write_json
 
 DIGITS = pathlib.Path(__file__).parent.parent / "configs" / "digits.py"

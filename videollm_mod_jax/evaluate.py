@@ -25,7 +25,7 @@ from rich.console import Console
 
 from videollm_mod_jax import cli
 from videollm_mod_jax.data import files
-from videollm_mod_jax.data.sources import Sources
+from videollm_mod_jax.data.sources import TRAINED_ON, Sources
 from videollm_mod_jax.encode import encode_split, fingerprint
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.evaluation import report as reporting
@@ -42,7 +42,6 @@ from videollm_mod_jax.evaluation.running import (
 )
 from videollm_mod_jax.experiment import Experiment, examples_for, plain
 from videollm_mod_jax.streaming.triggers import check_threshold
-from videollm_mod_jax.train import TRAINED_ON
 from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.checkpoint import (
     CONFIG_FILE,

@@ -36,7 +36,7 @@ from videollm_mod_jax import cli
 from videollm_mod_jax.data import digits
 from videollm_mod_jax.data.config import DRAWN
 from videollm_mod_jax.data.pipeline import Examples, evaluation_batches
-from videollm_mod_jax.data.sources import TRAIN, Sources, check_stored
+from videollm_mod_jax.data.sources import TRAIN, TRAINED_ON, Sources, check_stored
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.encode import encode_split, fingerprint
 from videollm_mod_jax.errors import UserError
@@ -57,7 +57,6 @@ from videollm_mod_jax.training.tower import TowerConfig, pretrain_tower
 TOWER = "tower"
 HELD_OUT = "held_out.mp4"
 EVALUATION = "evaluation.json"
-TRAINED_ON = "trained_on.json"
 VALIDATION = "validation"
 SAMPLES = "samples.jsonl"
 

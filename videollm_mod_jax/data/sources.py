@@ -24,6 +24,9 @@ from videollm_mod_jax.errors import UserError
 
 TRAIN = "train"
 
+TRAINED_ON = "trained_on.json"
+"""The file of a run's directory that keeps its `Sources.training_stretches`."""
+
 
 def check_stored(config: DataConfig) -> None:
     """Looks whether every dataset that is not drawn, and its features, are there.

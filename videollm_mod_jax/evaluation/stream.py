@@ -24,6 +24,7 @@ from rich import progress
 from videollm_mod_jax.data import files
 from videollm_mod_jax.data.example import Turn
 from videollm_mod_jax.data.pipeline import Examples, evaluation_batches
+from videollm_mod_jax.evaluation.placing import put_rows
 from videollm_mod_jax.evaluation.stream_metrics import (
     StreamMetrics,
     TurnPrediction,
@@ -108,8 +109,8 @@ def judge(
       interval_id: id of the token that keeps silent.
       silence_threshold: see `breaks_silence`.
     """
-    B, F, N, _ = batch["features"].shape
-    S = batch["tokens"].shape[1]
+    B, F = batch["frame_starts"].shape
+    S, N = batch["tokens"].shape[1], model.config.tokens_per_frame
     dtype = jnp.dtype(model.config.dtype)
     index_S = jnp.arange(S, dtype=jnp.int32)
     is_real_BS = index_S < batch["length"][:, None]
@@ -167,7 +168,7 @@ def late_frames(
     Returns:
       int32 [B]: 1 for the first frame appended, and so on; `given_B` if none broke the silence.
     """
-    B, _, N, _ = features_BFNW.shape
+    B, N = len(features_BFNW), model.config.tokens_per_frame
     chunk_BS = jnp.zeros((B, 1 + N), jnp.int32).at[:, 0].set(interval_id)
     starts_B1 = jnp.ones((B, 1), jnp.int32)
 
@@ -271,7 +272,8 @@ def _predict(
     rule: dict,
 ) -> list[list[TurnPrediction]]:
     """What the model does in every turn of a batch; rows beyond `turns` are filling."""
-    judged = judge(model, variables, batch, **rule)
+    placed = put_rows(batch, len(batch["length"]), variables)
+    judged = judge(model, variables, placed, **rule)
     log_probs_BJ, correct_BJ, breaks_BJ = (
         np.asarray(x) for x in (judged.log_probs_BJ, judged.correct_BJ, judged.breaks_BJ)
     )
@@ -313,7 +315,7 @@ def _predict(
                 model,
                 variables,
                 judged.caches,
-                batch["features"],
+                placed["features"],
                 limit_B,
                 first_frame_B,
                 given_B,
