@@ -1,6 +1,8 @@
 """`prepare` on the command line: what it prints and writes, and its exit status."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -140,3 +142,11 @@ def test_damage_is_quoted_on_one_line_that_any_terminal_can_show(capsys):
     assert capsys.readouterr().out.splitlines()[2] == (
         "             a.json: é\\n[red]\\ud83d\\x1b[31m: found 'x'"
     )
+
+
+def test_a_reader_who_has_enough_is_no_error():
+    command = [sys.executable, "-m", "videollm_mod_jax.prepare", "--page", "coin_step"]
+    done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done.stdout.close()
+    assert done.stderr.read() == b""
+    assert done.wait() == 0

@@ -1,6 +1,7 @@
 """What the command-line modules share: flags, joining processes, one line and no traceback."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,9 @@ def report_user_errors(run: Callable[[], None], interrupted: str = "interrupted"
         return _end(2, f"error: {error}")
     except KeyboardInterrupt:
         return _end(130, interrupted)
+    except BrokenPipeError:
+        # Whoever read the output, `head` say, has enough; Python must not flush the rest at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception:
         if not jax.distributed.is_initialized():
             raise
