@@ -60,9 +60,12 @@ Your own videos, with narrations or questions and answers in one table.
 
 An answer at the time of its question follows it at once; at a later time it makes the model wait
 and watch. A standing instruction ("Narrate what I do.") is no question: it belongs into `system` of
-the configuration, which opens every record. Without splits everything is `train`, and there is
-nothing to evaluate on: evaluation refuses videos that were trained on. Give some videos the split
-`validation`.
+the configuration, which opens every record.
+
+Splits: `train`, `validation`, `test`.
+
+Without the field everything is `train`, and there is nothing to evaluate on: evaluation refuses
+videos that were trained on. Give some videos the split `validation`.
 
 **Records.** All frames of a video with its annotations in order of time. A video of more than
 `max_frames` frames is cut into several records, never between a question and its answer; a piece in
