@@ -11,26 +11,8 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 
+from videollm_mod_jax.data.builders.image_yes_no import COGNITION, PERCEPTION
 from videollm_mod_jax.evaluation.accuracy import accuracy
-
-PERCEPTION = (
-    "existence",
-    "count",
-    "position",
-    "color",
-    "posters",
-    "celebrity",
-    "scene",
-    "landmark",
-    "artwork",
-    "OCR",
-)
-COGNITION = (
-    "commonsense_reasoning",
-    "numerical_calculation",
-    "text_translation",
-    "code_reasoning",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -95,10 +95,7 @@ One per question, such as `existence/000000006040/1`: the image, the question as
 - "unknown video", "ambiguous video", "no frames": images that the features lack.
 """
 
-_POPE = "https://github.com/AoiDragon/POPE"
-_MME = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"
-_POPE_SPLITS = ("random", "popular", "adversarial")
-_TASKS = (
+PERCEPTION = (
     "existence",
     "count",
     "position",
@@ -109,11 +106,18 @@ _TASKS = (
     "landmark",
     "artwork",
     "OCR",
+)
+"""Tasks of MME, in the order of its table."""
+COGNITION = (
     "commonsense_reasoning",
     "numerical_calculation",
     "text_translation",
     "code_reasoning",
 )
+
+_POPE = "https://github.com/AoiDragon/POPE"
+_MME = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"
+_POPE_SPLITS = ("random", "popular", "adversarial")
 _MME_INSTRUCTION = "Please answer yes or no."
 
 
@@ -153,7 +157,7 @@ def _read_pope(source: Source) -> Parsed:
 
 
 def _read_mme(source: Source) -> Parsed:
-    tasks = [task for task in _TASKS if (source.directory / task).is_dir()]
+    tasks = [task for task in PERCEPTION + COGNITION if (source.directory / task).is_dir()]
     if not tasks:
         raise UserError(
             f"{source.directory}: expected folders of tasks, such as existence, found none; "
