@@ -174,7 +174,7 @@ def test_the_status_of_a_rehearsal_is_that_of_a_process_that_failed(tmp_path):
 def test_a_rehearsal_really_trains_with_two_processes(tmp_path):
     workdir = tmp_path / "run"
     small = (
-        "data.train=8 data.validation=2 data.test=4 data.batch_size=4 data.frames=4 "
+        "data.draw.train=8 data.draw.validation=2 data.draw.test=4 data.batch_size=4 data.frames=4 "
         "tower.steps=2 tower.batch_size=4 evaluation.batch_size=4 training.steps=2 "
         "model.decoder.num_layers=2 model.decoder.hidden_size=32 model.decoder.num_heads=2 "
         "model.decoder.head_dim=16 training.log_every=1 training.sharding=fsdp "

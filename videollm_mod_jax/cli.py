@@ -172,4 +172,9 @@ def _one_line(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__ or cause.__context__
+    wrapped = error.args[0] if error.args else None
+    if cause is None and isinstance(wrapped, KeyError):
+        # An unknown key, quoted, and perhaps "Did you mean ..." in a second line.
+        key, _, hint = str(wrapped.args[0]).partition("\n")
+        return f"the config has no key {key}" + (f"; {hint[:1].lower()}{hint[1:]}" if hint else "")
     return str(cause or error).strip().splitlines()[-1]
