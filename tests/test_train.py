@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 import videollm_mod_jax as vm
+from configs import ego4d_narration
 from tests import tiny, tiny_stream
 from videollm_mod_jax import experiment
+from videollm_mod_jax.data.builders import registry
 from videollm_mod_jax.data.sources import Sources
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM, init_variables
+from videollm_mod_jax.models.plan import routed_layers
 from videollm_mod_jax.train import train
 from videollm_mod_jax.training import optimizer, sharding
 from videollm_mod_jax.training.checkpoint import save_model
@@ -97,6 +100,34 @@ def test_every_config_traces_its_train_step(path, converted):
     new_state, sums = jax.eval_shape(step, state, frozen, arrays)
     assert jax.tree.map(np.shape, new_state) == jax.tree.map(np.shape, state)
     assert sums["loss"][0].shape == ()
+
+
+PAPER = (
+    "ego4d_narration",
+    "ego4d_narration_full",
+    "ego4d_lta",
+    "coin",
+    "egoexo4d_keystep",
+    "llava",
+)
+
+
+@pytest.mark.parametrize("row", ego4d_narration.ROUTING)
+@pytest.mark.parametrize("name", PAPER)
+def test_every_row_of_the_papers_tables_is_a_config(name, row, tmp_path):
+    source = config_of(ROOT / "configs" / f"{name}.py", f"v5p-16,{row}")
+    table = experiment.plain(source)
+    config, data, _ = experiment.read_training(table)
+    assert config.tokens_per_frame == (1 if row == "online" else 10)
+    assert bool(routed_layers(config.routing.insertion, 32)) == (row not in ("full", "online"))
+    assert set(data.sources) <= set(registry.DATASETS)
+    settings = experiment.build(
+        experiment.EvaluationConfig, table["evaluation"], "config.evaluation"
+    )
+    assert set(settings.benchmarks) <= set(data.sources)
+    with pytest.raises(UserError, match="datasets/"):
+        train(source, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
