@@ -113,6 +113,21 @@ def test_the_evaluation_agrees_and_says_that_it_asked_what_was_learnt(run, tmp_p
     assert alone["f1"] == alone["f1_in_window"] == 1
 
 
+def test_a_checkpoint_is_chosen_by_its_update_or_by_its_loss(run, places, capsys):
+    command = ["--checkpoint", str(run), "--video", str(places / "videos" / "morning" / "one.mp4")]
+    assert stream.main([*command, "--step", "250"]) == 0
+    assert "It turns" in capsys.readouterr().out
+    for step, message in (
+        ("best", "no checkpoint with a validation loss"),
+        ("7", "no checkpoint of update 7; it has 250"),
+        ("last", "--step is 'last'; expected the number of an update, or best"),
+    ):
+        assert stream.main([*command, "--step", step]) == 2
+        assert message in capsys.readouterr().err
+        assert evaluate.main(["--checkpoint", str(run), "--step", step]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_run_whose_data_changed_is_refused(run, places):
     (run / "trained_on.json").write_text('{"own": {"morning/one": [[0.0, 6.0]]}}')
     with pytest.raises(UserError, match="the run began with other records than there are now"):

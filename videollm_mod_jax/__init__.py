@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from videollm_mod_jax.models import VideoLLM, VideoLLMConfig, init_variables
     from videollm_mod_jax.models.flops import flops
     from videollm_mod_jax.streaming.session import Answer, StreamingSession
-    from videollm_mod_jax.training.checkpoint import LoadedModel, save_model
+    from videollm_mod_jax.training.checkpoint import LoadedModel, load_trained, save_model
     from videollm_mod_jax.training.checkpoint import load_model as load
 
 _HOMES = {
@@ -40,6 +40,7 @@ _HOMES = {
     "flops": "models.flops",
     "init_variables": "models",
     "load": "training.checkpoint",
+    "load_trained": "training.checkpoint",
     "read_video": "data.video",
     "save_model": "training.checkpoint",
     "write_video": "data.video",
@@ -57,6 +58,7 @@ __all__ = [
     "flops",
     "init_variables",
     "load",
+    "load_trained",
     "read_video",
     "save_model",
     "write_video",

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.training import distributed
+from videollm_mod_jax.training.checkpoint import best_step
 
 _MISTAKES = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, UserError)
 """Everything that reading a config file and its overrides raises for a user's mistake."""
@@ -64,6 +65,29 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several processes")
     for name, (kind, text) in _PROCESSES.items():
         group.add_argument(f"--{name}", type=kind, help=text)
+
+
+def add_step_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that chooses a checkpoint of a run."""
+    parser.add_argument(
+        "--step",
+        metavar="N",
+        help="checkpoint of a run: of update N, or the `best` by validation loss; by default the "
+        "newest",
+    )
+
+
+def chosen_step(directory: str, step: str | None) -> int | None:
+    """The checkpoint that `--step` names; None takes the newest.
+
+    Raises:
+      UserError: it is neither a number nor `best`, or no checkpoint has a validation loss.
+    """
+    if step == "best":
+        return best_step(directory)
+    if step is not None and not step.isdecimal():
+        raise UserError(f"--step is {step!r}; expected the number of an update, or best")
+    return None if step is None else int(step)
 
 
 def join_processes(arguments: argparse.Namespace) -> None:

@@ -66,6 +66,7 @@ def evaluate(
     benchmarks: Sequence[str] = (),
     split: str | None = None,
     batch_size: int | None = None,
+    step: int | None = None,
     silence_threshold: float | None = None,
     self_conditioned: bool = True,
     judge: Judge | None = None,
@@ -80,6 +81,7 @@ def evaluate(
       benchmarks: names of datasets; () is all of `experiment.evaluation.benchmarks`.
       split: of the datasets; None is the one that the experiment names for each.
       batch_size: conversations at a time; None is that of the experiment.
+      step: of the run's checkpoint; None is the newest.
       silence_threshold: see `triggers.breaks_silence`.
       self_conditioned: whether streams are also watched with the model's own words as history.
       judge: of open answers; None is `ExactMatch`, which tables name.
@@ -96,7 +98,7 @@ def evaluate(
     check_threshold(silence_threshold)
     directory = Path(checkpoint)
     # Whole, on the devices of this process; each holds a part of the weights.
-    model = load_model(directory, distributed.own_layout("fsdp", (1, -1, 1)))
+    model = load_model(directory, distributed.own_layout("fsdp", (1, -1, 1)), step=step)
     if experiment is None:
         if not (directory / CONFIG_FILE).exists():
             raise UserError(
@@ -115,7 +117,8 @@ def evaluate(
     trained_on = count_learnt(directory / TRAINED_ON, sources, splits, force=force)
 
     with distributed.lead_first("report"):
-        report = _read_report(out, directory, model)
+        newest = max(checkpoint_steps(directory), default=None)
+        report = _read_report(out, model, newest if step is None else step)
     for name, chosen in splits.items():
         dataset = sources.dataset(name)
         subject = Subject(
@@ -191,10 +194,9 @@ def _examples(model: LoadedModel, sources: Sources, name: str, split: str) -> An
     )
 
 
-def _read_report(out: Path, directory: Path, model: LoadedModel) -> dict[str, Any]:
+def _read_report(out: Path, model: LoadedModel, step: int | None) -> dict[str, Any]:
     """The report that is there, or an empty one."""
-    described = reporting.describe_model(model.config)
-    described["step"] = max(checkpoint_steps(directory), default=None)
+    described = reporting.describe_model(model.config) | {"step": step}
     path = out / REPORT
     if not path.exists():
         return {"model": described, "benchmarks": {}}
@@ -231,6 +233,7 @@ def _main(arguments: argparse.Namespace, overrides: list[str]) -> None:
         benchmarks=[name for name in (arguments.benchmarks or "").split(",") if name],
         split=arguments.split,
         batch_size=arguments.batch_size,
+        step=cli.chosen_step(arguments.checkpoint, arguments.step),
         silence_threshold=arguments.silence_threshold,
         self_conditioned=arguments.self_conditioned,
         judge=_judge(arguments),
@@ -266,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="directory of a training run or a model")
+    cli.add_step_argument(parser)
     add(
         "--config",
         metavar="FILE",

@@ -154,7 +154,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--fps is {arguments.fps:g}; expected more than 0")
     if questions:
         _check_questions(questions, arguments.video, arguments.fps)
-    model = load_model(arguments.checkpoint)
+    step = cli.chosen_step(arguments.checkpoint, arguments.step)
+    model = load_model(arguments.checkpoint, step=step)
     session = StreamingSession(
         model,
         silence_threshold=arguments.silence_threshold,
@@ -216,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="what train or convert wrote")
+    cli.add_step_argument(parser)
     add("--video", required=True, metavar="FILE", help="any file or URL that FFmpeg reads")
     add("--fps", type=float, default=2.0, help="frames per second that the model sees; take the "
         "rate of its training")  # fmt: skip

@@ -9,12 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM
-from videollm_mod_jax.training.checkpoint import (
-    CHECKPOINTS,
-    WEIGHTS,
-    Checkpointer,
-    read_model_config,
-)
+from videollm_mod_jax.training.checkpoint import read_model_config, stored_parts
 from videollm_mod_jax.training.sharding import abstract_variables
 
 
@@ -37,7 +32,7 @@ class StoredModel:
         self.config = read_model_config(directory)
         self.shapes = flatten_dict(abstract_variables(VideoLLM(self.config), None), sep="/")
         self._places: dict[str, Path] = {}
-        for part in _stored_parts(directory):
+        for part in stored_parts(directory):
             for path, shape in _stored_shapes(part).items():
                 if path in self.shapes and shape == self.shapes[path].shape:
                     self._places[path] = part
@@ -69,15 +64,6 @@ class StoredModel:
                 f"({type(error).__name__}); restore it from a copy, or convert or train again"
             ) from error
         return flatten_dict(restored, sep="/")[path]
-
-
-def _stored_parts(directory: Path) -> list[Path]:
-    parts = [directory / WEIGHTS]
-    if (directory / CHECKPOINTS).exists():
-        with Checkpointer(directory, keep=None) as checkpointer:
-            if (step := checkpointer.latest_step()) is not None:
-                parts.append(directory / CHECKPOINTS / str(step) / "trained")
-    return parts
 
 
 def _stored_shapes(part: Path) -> dict[str, tuple[int, ...]]:
