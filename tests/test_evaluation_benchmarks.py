@@ -44,20 +44,31 @@ def numbers(kind, cases, labels=(), judge=None):
     return benchmark.score(rows, marking), rows
 
 
-def test_labels_are_the_nearest_and_procedures_count_by_step():
+def test_the_whole_answer_means_the_nearest_label():
     scores, rows = numbers(
         "labels",
         [
             ("Cut a potato", "Cut potato.", {"labels": ["Cut potato."]}),
             ("Peel potatoes!", "Cut potato.", {"labels": ["Cut potato."]}),
+        ],
+        STEPS,
+    )
+    assert [row["means"] for row in rows] == ["Cut potato.", "Peel potato."]
+    assert scores == {"accuracy": 1 / 2}
+
+
+def test_procedures_count_by_step():
+    scores, rows = numbers(
+        "steps",
+        [
+            ("1. Cut potato.", "...", {"labels": ["Cut potato."]}),
             ("1. Serve.\n2. Peel.", "...", {"labels": ["Serve.", "Peel potato.", "Cut potato."]}),
         ],
         STEPS,
     )
-    assert [row.get("means") for row in rows] == ["Cut potato.", "Peel potato.", None]
-    assert rows[2]["correct"] == [True, False, False]
-    # Two of the five steps that were to be named.
-    assert scores == {"accuracy": 2 / 5}
+    assert rows[1]["correct"] == [True, False, False]
+    # Two of the four steps that were to be named.
+    assert scores == {"accuracy": 2 / 4}
 
 
 def test_a_procedure_of_one_step_is_its_first_line():

@@ -69,11 +69,10 @@ class Benchmark:
 def _mark_labels(
     record: Record, answers: Sequence[str], reference: str | None, marking: Marking
 ) -> dict[str, Any]:
-    """COIN and keysteps: a single label is the whole answer, several are its lines."""
-    truths = record.target["labels"]
-    if len(truths) > 1:
-        return _mark_steps(record, answers, reference, marking)
-    right = labels.label_correct(answers[0], truths[0], marking.labels)
+    """COIN's steps and tasks, and keysteps: the answer as a whole means one label."""
+    del reference
+    (truth,) = record.target["labels"]
+    right = labels.label_correct(answers[0], truth, marking.labels)
     return {"means": labels.nearest_label(answers[0], marking.labels), "correct": right}
 
 
