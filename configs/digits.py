@@ -72,6 +72,9 @@ def get_config() -> ml_collections.ConfigDict:
         "microbatches": 1,
         "scan": False,
         "remat": False,
+        # Attention by the best kernels of the platform; the MLP on all rows at once.
+        "kernels": "auto",
+        "mlp_rows": 0,
         "sharding": "replicate",
         "mesh": (-1, 1, 1),
         "log_every": 10,

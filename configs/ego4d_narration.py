@@ -106,6 +106,9 @@ def get_config(argument: str = "v5e-16") -> ml_collections.ConfigDict:
         "microbatches": MICROBATCHES[hardware],
         "scan": True,
         "remat": True,
+        # Attention by the best kernels of the platform; the MLP on all rows at once.
+        "kernels": "auto",
+        "mlp_rows": 0,
         "sharding": "fsdp",
         "mesh": (1, -1, 1),
         "log_every": 10,

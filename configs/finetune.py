@@ -60,6 +60,9 @@ def get_config(model: str) -> ml_collections.ConfigDict:
         "microbatches": 1,
         "scan": True,
         "remat": True,
+        # Attention by the best kernels of the platform; the MLP on all rows at once.
+        "kernels": "auto",
+        "mlp_rows": 0,
         "sharding": "fsdp",
         "mesh": (1, -1, 1),
         "log_every": 10,

@@ -18,7 +18,13 @@ import numpy as np
 import optax
 
 from tests import tiny_training
-from videollm_mod_jax.models import VideoLLM, VideoLLMConfig, config_plan, full_computation
+from videollm_mod_jax.models import (
+    Execution,
+    VideoLLM,
+    VideoLLMConfig,
+    config_plan,
+    full_computation,
+)
 from videollm_mod_jax.training import sharding
 from videollm_mod_jax.training.optimizer import split_variables
 from videollm_mod_jax.training.run import Run
@@ -109,7 +115,7 @@ def compare(name: str) -> dict[str, dict]:
     batch = {key: batch[key] for key in BATCH_KEYS}
     training = tiny_training.training_config(optimizer=OPTIMIZER, scan=scan)
     optimizer = Run.build(training, config).optimizer
-    model = VideoLLM(config, scan=scan)
+    model = VideoLLM(config, Execution(scan=scan))
     step = make_train_step(
         model,
         optimizer,

@@ -73,9 +73,7 @@ def test_a_saved_model_loads_bitwise(model_directory):
 def test_a_state_comes_back_bitwise_under_the_other_layer_layout(tmp_path):
     written, frozen = write_run(tmp_path, scan=True)
     layout = sharding.make_layout("replicate", (-1, 1, 1))
-    target, target_frozen = sharding.abstract_training(
-        VideoLLM(CONFIG, scan=False), OPTIMIZER, "lora", layout
-    )
+    target, target_frozen = sharding.abstract_training(VideoLLM(CONFIG), OPTIMIZER, "lora", layout)
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         assert checkpointer.latest_step() == 8
         unrolled = checkpointer.restore(8, target)

@@ -12,6 +12,7 @@ import pytest
 from tests import reference, tiny
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import (
+    Execution,
     LoraConfig,
     VideoLLM,
     config_plan,
@@ -21,8 +22,8 @@ from videollm_mod_jax.models import (
     stack_layers,
     unstack_layers,
 )
-from videollm_mod_jax.models.attention import attend, rope_frequencies
 from videollm_mod_jax.models.config import RopeScaling
+from videollm_mod_jax.models.rope import rope_frequencies
 
 INSERTIONS = ("interleaved", "all", "all-deep", "interleaved-deep", (0, 2))
 SELECTIONS = ("learned", "uniform", "random")
@@ -30,8 +31,8 @@ WEIGHTINGS = ("paper", "official", "tanh1", "none")
 LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.0, targets=("q", "v", "gate", "down", "lm_head"))
 
 
-def run(config, variables, batch, **kwargs):
-    return jax.jit(VideoLLM(config, **kwargs).apply)(variables, **batch)
+def run(config, variables, batch, **execution):
+    return jax.jit(VideoLLM(config, Execution(**execution)).apply)(variables, **batch)
 
 
 @functools.lru_cache
@@ -155,7 +156,9 @@ def test_scan_equals_loop_forward_and_backward(insertion, remat):
     variables, batch, plan = prepared(), tiny.batch(6, 5, 3), config_plan(config)
 
     def loss(variables, scan, remat):
-        logits = VideoLLM(config, scan, remat).apply(variables, **batch).logits_BJV
+        logits = (
+            VideoLLM(config, Execution(scan=scan, remat=remat)).apply(variables, **batch).logits_BJV
+        )
         return jnp.mean(jax.nn.log_softmax(logits)[..., 0])
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))
@@ -247,7 +250,7 @@ def test_dropout_acts_on_adapters_and_only_with_a_dropout_key():
     config = dataclasses.replace(tiny.CONFIG, lora=lora)
     variables, batch = prepared(), tiny.batch(9, text=5, frames=2)
     stacked = stack_layers(variables, config_plan(config))
-    apply = jax.jit(VideoLLM(config, scan=True, remat=True).apply)
+    apply = jax.jit(VideoLLM(config, Execution(scan=True, remat=True)).apply)
     quiet = apply(stacked, **batch).logits_BJV
     np.testing.assert_allclose(quiet, run(config, variables, batch).logits_BJV, atol=1e-5)
     noisy = [
@@ -284,35 +287,6 @@ def test_bfloat16_compute_stays_near_float32():
     log_p, log_q = jax.nn.log_softmax(high), jax.nn.log_softmax(low)
     divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
     assert 0 < float(jnp.mean(divergence)) < 1e-3
-
-
-def test_chunked_attention_equals_one_chunk_forward_and_backward(monkeypatch):
-    rng = np.random.default_rng(0)
-    q, k, v = (
-        jnp.asarray(rng.normal(size=(2, t, h, 8)), jnp.float32)
-        for t, h in ((37, 4), (50, 2), (50, 2))
-    )
-    query_position = jnp.tile(13 + jnp.arange(37), (2, 1))
-    key_position = jnp.tile(jnp.arange(50), (2, 1))
-
-    def loss(q, k, v):
-        return jnp.sum(attend(q, k, v, query_position, key_position) ** 2)
-
-    whole = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
-    monkeypatch.setattr("videollm_mod_jax.models.attention.QUERY_CHUNK", 16)
-    chunked = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole, chunked
-    )
-
-
-def test_attend_sees_what_its_drawn_example_draws():
-    empty = 2**30
-    key_position = jnp.array([[0, 1, 4, 5, empty]])
-    k, v = jnp.zeros((1, 5, 1, 5)), jnp.eye(5)[None, :, None, :]
-    out = attend(jnp.zeros((1, 2, 1, 5)), k, v, jnp.array([[4, 5]]), key_position)
-    seen = (np.asarray(out)[0, :, 0] > 0).tolist()
-    assert seen == [[True, True, True, False, False], [True, True, True, True, False]]
 
 
 def test_linear_rope_scaling_divides_every_frequency():

@@ -7,6 +7,7 @@ import pytest
 from tests import tiny
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import (
+    Execution,
     VideoLLM,
     VideoLLMConfig,
     config_plan,
@@ -93,7 +94,7 @@ def test_stacking_and_unstacking_are_inverse(insertion):
     config = tiny.routed(insertion=insertion)
     plan = config_plan(config)
     looped = init_variables(VideoLLM(config), jax.random.key(0))
-    scanned = init_variables(VideoLLM(config, scan=True), jax.random.key(0))
+    scanned = init_variables(VideoLLM(config, Execution(scan=True)), jax.random.key(0))
     stacked = stack_layers(looped, plan)
     assert jax.tree.map(np.shape, stacked) == jax.tree.map(np.shape, scanned)
     back = unstack_layers({"inner": (stacked, 3)}, plan)["inner"]

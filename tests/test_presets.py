@@ -8,6 +8,7 @@ import pytest
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import (
     NO_LORA,
+    Execution,
     VideoLLM,
     VideoLLMConfig,
     full_computation,
@@ -26,7 +27,7 @@ def shapes(decoder, vision):
         dtype="bfloat16",
         param_dtype="bfloat16",
     )
-    model = VideoLLM(config, scan=True)
+    model = VideoLLM(config, Execution(scan=True))
     return jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))["params"]
 
 

@@ -9,14 +9,16 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from tests import tiny_training
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.models import VideoLLM
+from videollm_mod_jax.models import Execution, VideoLLM
 from videollm_mod_jax.training import sharding
 
 
 def test_every_logical_name_of_the_model_has_a_rule():
     layout = sharding.make_layout("fsdp_tensor", (-1, 1, 1))
     # Raises KeyError for a name that the rules do not know.
-    sharding.abstract_variables(VideoLLM(tiny_training.model_config(rank=2), scan=True), layout)
+    sharding.abstract_variables(
+        VideoLLM(tiny_training.model_config(rank=2), Execution(scan=True)), layout
+    )
     with pytest.raises(KeyError):
         layout.axes(("typo",), (4,))
 

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh
 
 from tests import eight_devices
-from videollm_mod_jax.models import LoraConfig, RoutingConfig, VideoLLM, VideoLLMConfig
+from videollm_mod_jax.models import Execution, LoraConfig, RoutingConfig, VideoLLM, VideoLLMConfig
 from videollm_mod_jax.models.config import LINEAR_NAMES
 from videollm_mod_jax.models.presets import decoder_preset, vision_preset
 from videollm_mod_jax.training import sharding
@@ -115,7 +115,7 @@ MESHES = {"fsdp": (1, 8, 1), "fsdp_tensor": (1, 4, 2)}
 @pytest.fixture(scope="module")
 def laid_out():
     """The variables of llama3-8b, layers stacked, by rule set."""
-    model = VideoLLM(llama3_8b(), scan=True)
+    model = VideoLLM(llama3_8b(), Execution(scan=True))
     return {
         rules: sharding.abstract_variables(
             model, sharding.Layout(AbstractMesh(mesh, sharding.MESH_AXES), sharding.RULES[rules])

@@ -289,11 +289,11 @@ def test_state_is_donated_and_nothing_is_compiled_again(interleaved_model):
         model, variables, [("text", SYSTEM[:1]), ("frame", [INTERVAL]), ("text", SYSTEM)]
     )
     assert [function._cache_size() for function in functions] == compiled
-    old = state.caches[0].k_BCGE
+    old = state.caches[0].k_BGCE
     pointer = old.unsafe_buffer_pointer()
     state = engine.append_text(model, variables, state, *engine.pad_text([4]))
     assert old.is_deleted()
-    assert state.caches[0].k_BCGE.unsafe_buffer_pointer() == pointer
+    assert state.caches[0].k_BGCE.unsafe_buffer_pointer() == pointer
 
 
 def test_the_caches_hold_the_bytes_that_are_counted():
@@ -302,7 +302,7 @@ def test_the_caches_hold_the_bytes_that_are_counted():
     kept = 2 * N + 2 * 2  # two dense layers, two that keep ceil(0.4 * 5)
     counted = kv_cache_bytes(config, 3, 7, config.dtype)
     assert counted == (4 * 7 + 3 * kept) * 2 * 2 * 8 * 4  # k and v, 2 heads, width 8, float32
-    assert sum(cache.k_BCGE.nbytes + cache.v_BCGE.nbytes for cache in caches) == counted
+    assert sum(cache.k_BGCE.nbytes + cache.v_BGCE.nbytes for cache in caches) == counted
 
 
 def test_buckets_are_powers_of_two():

@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny_training
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.models import VideoLLM
+from videollm_mod_jax.models import Execution, VideoLLM
 from videollm_mod_jax.training.losses import streaming_loss
 from videollm_mod_jax.training.metrics import means
 from videollm_mod_jax.training.optimizer import (
@@ -36,7 +36,7 @@ DESCENT = optax.sgd(1.0, momentum=0.9)
 
 @functools.cache
 def train_step(rank, microbatches, optimizer):
-    model = VideoLLM(tiny_training.model_config(rank), scan=True, remat=True)
+    model = VideoLLM(tiny_training.model_config(rank), Execution(scan=True, remat=True))
     step = make_train_step(model, optimizer, SCHEDULE, stream_weight=0.7, microbatches=microbatches)
     return jax.jit(step)
 
@@ -69,7 +69,7 @@ def test_the_update_is_the_gradient_of_the_mean_over_labels():
     batch = tiny_training.batch(0)
 
     def mean_loss(trained):
-        output = VideoLLM(config, scan=True).apply(
+        output = VideoLLM(config, Execution(scan=True)).apply(
             merge_variables(trained, frozen),
             *(batch[k] for k in ("tokens", "features", "frame_starts", "label_positions")),
         )
@@ -171,7 +171,7 @@ def test_dropout_differs_between_steps_and_microbatches_and_repeats():
     assert loss(1, 0, batch) == first
     assert abs(loss(1, 1, batch) - first) > 1e-4
     assert abs(loss(2, 0, twice) - first) > 1e-4
-    model = VideoLLM(tiny_training.model_config(2), scan=True)
+    model = VideoLLM(tiny_training.model_config(2), Execution(scan=True))
     inputs = (batch[k] for k in ("tokens", "features", "frame_starts", "label_positions"))
     logits_BJV = jax.jit(model.apply)(variables, *inputs).logits_BJV
     without = streaming_loss(logits_BJV, batch["labels"], batch["label_kinds"], 0.7)
@@ -180,7 +180,7 @@ def test_dropout_differs_between_steps_and_microbatches_and_repeats():
 
 def test_validation_measures_the_loss_of_the_update():
     variables, _, frozen, metrics = run("full", 0, 4, ADAMW)
-    model = VideoLLM(tiny_training.model_config(0), scan=True)
+    model = VideoLLM(tiny_training.model_config(0), Execution(scan=True))
     step = jax.jit(make_validation_step(model, stream_weight=0.7))
     trained, _ = split_variables(variables, "full")
     found = means(jax.device_get(step(trained, frozen, tiny_training.batch(0))))

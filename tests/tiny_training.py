@@ -65,6 +65,8 @@ def training_config(**changes) -> loop.TrainingConfig:
         "microbatches": 2,
         "scan": True,
         "remat": True,
+        "kernels": "auto",
+        "mlp_rows": 0,
         "sharding": "replicate",
         "mesh": (-1, 1, 1),
         "log_every": 1,
@@ -122,7 +124,7 @@ def validation_batches() -> Iterator[dict]:
 
 def variables(config: VideoLLMConfig, scan: bool = False):
     """Random weights: all of them matter, and nothing is compiled."""
-    model = VideoLLM(config, scan=False)
+    model = VideoLLM(config)
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):

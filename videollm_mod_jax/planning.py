@@ -126,7 +126,7 @@ def plan_streaming(
         axis_types=(AxisType.Auto,) * 3,
     )
     layout = sharding.Layout(mesh, sharding.RULES["replicate"])
-    video_llm = VideoLLM(model, scan=False)
+    video_llm = VideoLLM(model)
     variables = sharding.abstract_variables(video_llm, layout)
     state = jax.eval_shape(
         lambda: engine.start(video_llm, 1, data.text_tokens, data.frames, seed=0)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from videollm_mod_jax.conversion.cases import Case
-from videollm_mod_jax.models import VideoLLM, anyres, init_caches
+from videollm_mod_jax.models import Execution, VideoLLM, anyres, init_caches
 from videollm_mod_jax.models.decoder import Layer
 from videollm_mod_jax.models.plan import LayerSpec
 from videollm_mod_jax.models.vision import VisionOutput
@@ -45,7 +45,7 @@ def run(model: LoadedModel, case: Case, tokens: int) -> tuple[Stages, list[int]]
     """
     found, x_BSD, starts_BF = _embedded(model, case)
     position_BS = np.arange(x_BSD.shape[1], dtype=np.int32)[None]
-    layer, y_BSD = Layer(model.config, LayerSpec(keep=None), remat=False), x_BSD
+    layer, y_BSD = Layer(model.config, LayerSpec(keep=None), Execution()), x_BSD
     for i in range(model.config.decoder.num_layers):
         variables = _layer_variables(model, i)
         y_BSD, _, _ = _apply(layer, None, variables, y_BSD, position_BS, starts_BF, 0, None)

@@ -31,6 +31,7 @@ from videollm_mod_jax.models.config import (
     full_computation,
     layer_skip,
 )
+from videollm_mod_jax.models.execution import Execution
 from videollm_mod_jax.models.layers import merge_lora
 from videollm_mod_jax.models.plan import config_plan, stack_layers, unstack_layers
 from videollm_mod_jax.models.video_llm import Output, VideoLLM, init_variables
@@ -40,6 +41,7 @@ __all__ = [
     "NO_LORA",
     "Caches",
     "DecoderConfig",
+    "Execution",
     "LayerCache",
     "LoraConfig",
     "Output",

@@ -17,21 +17,21 @@ EMPTY = 2**30
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys and values of one decoder layer.
+    """Keys and values of one decoder layer, entries contiguous per head, as attention reads them.
 
     ```
     position  0 1 2 7 9 EMPTY EMPTY EMPTY      length 5, capacity 8
     ```
 
     Attributes:
-      k_BCGE: rotated keys.
-      v_BCGE: values.
+      k_BGCE: rotated keys.
+      v_BGCE: values.
       position_BC: int32 stream position of every entry, increasing; EMPTY in free slots, which all
         lie behind the filled ones.
     """
 
-    k_BCGE: jax.Array
-    v_BCGE: jax.Array
+    k_BGCE: jax.Array
+    v_BGCE: jax.Array
     position_BC: jax.Array
 
     @property
@@ -46,14 +46,17 @@ class LayerCache:
         caller sees to it that all T fit: an overlong write would move back over older entries.
         """
 
-        def write(buffer, rows, start):
-            return jax.lax.dynamic_update_slice_in_dim(buffer, rows.astype(buffer.dtype), start, 0)
-
         start_B = self.length_B
+
+        def write(buffer: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
+            update = jax.lax.dynamic_update_slice_in_dim
+            each = jax.vmap(lambda buffer, rows, start: update(buffer, rows, start, axis))
+            return each(buffer, rows.astype(buffer.dtype), start_B)
+
         return LayerCache(
-            k_BCGE=jax.vmap(write)(self.k_BCGE, k_BTGE, start_B),
-            v_BCGE=jax.vmap(write)(self.v_BCGE, v_BTGE, start_B),
-            position_BC=jax.vmap(write)(self.position_BC, position_BT, start_B),
+            k_BGCE=write(self.k_BGCE, jnp.swapaxes(k_BTGE, 1, 2), 1),
+            v_BGCE=write(self.v_BGCE, jnp.swapaxes(v_BTGE, 1, 2), 1),
+            position_BC=write(self.position_BC, position_BT, 0),
         )
 
 
@@ -78,10 +81,10 @@ def init_caches(
     decoder = config.decoder
 
     def one(capacity: int) -> LayerCache:
-        shape = (batch_size, capacity, decoder.num_kv_heads, decoder.head_dim)
+        shape = (batch_size, decoder.num_kv_heads, capacity, decoder.head_dim)
         return LayerCache(
-            k_BCGE=jnp.zeros(shape, dtype),
-            v_BCGE=jnp.zeros(shape, dtype),
+            k_BGCE=jnp.zeros(shape, dtype),
+            v_BGCE=jnp.zeros(shape, dtype),
             position_BC=jnp.full((batch_size, capacity), EMPTY, jnp.int32),
         )
 

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from videollm_mod_jax.models import routing
-from videollm_mod_jax.models.attention import apply_rope, attend, rope_frequencies
+from videollm_mod_jax.models.attention import causal_attention
 from videollm_mod_jax.models.cache import Caches, LayerCache
+from videollm_mod_jax.models.cached_attention import cached_attention
 from videollm_mod_jax.models.config import VideoLLMConfig
+from videollm_mod_jax.models.execution import Execution, choose_kernels
 from videollm_mod_jax.models.layers import Linear, RMSNorm
 from videollm_mod_jax.models.plan import LayerSpec, Plan, config_plan, scan_groups
+from videollm_mod_jax.models.rope import apply_rope, rope_frequencies
 
 Kept = tuple[jax.Array | None, ...]
 
@@ -35,6 +38,7 @@ class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions, over the rows given or over a cache."""
 
     config: VideoLLMConfig
+    execution: Execution
 
     @nn.compact
     def __call__(
@@ -50,12 +54,13 @@ class Attention(nn.Module):
         frequencies = rope_frequencies(E, decoder.rope_theta, decoder.rope_scaling)
         q_BTHE = apply_rope(q_BTHE, position_BT, frequencies)
         k_BTGE = apply_rope(k_BTGE, position_BT, frequencies)
+        kernels = choose_kernels(self.execution.kernels)
         if cache is None:
-            out_BTHE = attend(q_BTHE, k_BTGE, v_BTGE, position_BT, position_BT)
+            out_BTHE = causal_attention(q_BTHE, k_BTGE, v_BTGE, kernels)
         else:
+            start_B = cache.length_B
             cache = cache.append(k_BTGE, v_BTGE, position_BT)
-            k_BCGE, v_BCGE = (x.astype(q_BTHE.dtype) for x in (cache.k_BCGE, cache.v_BCGE))
-            out_BTHE = attend(q_BTHE, k_BCGE, v_BCGE, position_BT, cache.position_BC)
+            out_BTHE = cached_attention(q_BTHE, cache, start_B, kernels)
         out_BTD = _linear(self.config, "o", D, ("heads", "embed"))(out_BTHE.reshape(B, T, H * E))
         return out_BTD, cache
 
@@ -89,6 +94,7 @@ class Block(nn.Module):
     """
 
     config: VideoLLMConfig
+    execution: Execution
 
     @nn.compact
     def __call__(
@@ -111,7 +117,9 @@ class Block(nn.Module):
         """
         eps, param_dtype = self.config.decoder.norm_eps, self.config.param_dtype
         normed_BMD = RMSNorm(eps, param_dtype, name="attention_norm")(x_BMD)
-        a_BMD, cache = Attention(self.config, name="attention")(normed_BMD, position_BM, cache)
+        a_BMD, cache = Attention(self.config, self.execution, name="attention")(
+            normed_BMD, position_BM, cache
+        )
         normed_BMD = RMSNorm(eps, param_dtype, name="mlp_norm")(x_BMD + a_BMD)
         mlp = Mlp(self.config, name="mlp")
         if router is None or self.config.routing.weighting == "none":
@@ -155,7 +163,7 @@ class Layer(nn.Module):
 
     config: VideoLLMConfig
     spec: LayerSpec
-    remat: bool
+    execution: Execution
 
     @nn.compact
     def __call__(
@@ -169,8 +177,8 @@ class Layer(nn.Module):
         """Returns the residual stream, the cache, and the kept offsets_BFK (None if dense)."""
         # Only the block is rematerialised: gather and scatter stay outside, so a routed layer
         # stores its M compact rows and not the whole sequence.
-        block = (nn.remat(Block, prevent_cse=False) if self.remat else Block)(
-            self.config, name="block"
+        block = (nn.remat(Block, prevent_cse=False) if self.execution.remat else Block)(
+            self.config, self.execution, name="block"
         )
         S, keep = x_BSD.shape[1], self.spec.keep
         N, settings = self.config.tokens_per_frame, self.config.routing
@@ -212,7 +220,7 @@ class Period(nn.Module):
 
     config: VideoLLMConfig
     specs: Plan
-    remat: bool
+    execution: Execution
 
     @nn.compact
     def __call__(
@@ -225,7 +233,7 @@ class Period(nn.Module):
         """Runs the period whose first layer is `layer_index`."""
         kept = []
         for j, spec in enumerate(self.specs):
-            layer = Layer(self.config, spec, self.remat, name=f"layer_{j}")
+            layer = Layer(self.config, spec, self.execution, name=f"layer_{j}")
             x_BSD, _, offsets = layer(x_BSD, position_BS, frame_starts_BF, layer_index + j, None)
             kept.append(offsets)
         return x_BSD, tuple(kept)
@@ -236,14 +244,13 @@ class Decoder(nn.Module):
 
     Attributes:
       config: the model.
-      scan: True scans over the plan's periods (parameters `group_*`, fast to compile, training
-        without caches); False unrolls (parameters `layer_*`, one cache per layer).
-      remat: recompute blocks in the backward pass.
+      execution: its `scan` decides the names of the parameters: True scans over the plan's periods
+        (`group_*`, fast to compile, training without caches), False unrolls (`layer_*`, one cache
+        per layer).
     """
 
     config: VideoLLMConfig
-    scan: bool
-    remat: bool
+    execution: Execution
 
     @nn.compact
     def __call__(
@@ -255,7 +262,7 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, Caches | None, Kept]:
         """Returns normed hidden states, the caches, and the kept offsets_BFK of every layer."""
         x_BSD = nn.with_logical_constraint(x_BSD, ("batch", "sequence", "residual"))
-        if self.scan:
+        if self.execution.scan:
             if caches is not None:
                 raise ValueError("a scanned decoder has no caches; decode with scan=False")
             x_BSD, kept = self._scan(x_BSD, position_BS, frame_starts_BF)
@@ -263,7 +270,7 @@ class Decoder(nn.Module):
             plan = config_plan(self.config)
             kept, new_caches = [], []
             for i, spec in enumerate(plan):
-                layer = Layer(self.config, spec, self.remat, name=f"layer_{i}")
+                layer = Layer(self.config, spec, self.execution, name=f"layer_{i}")
                 cache = None if caches is None else caches[i]
                 x_BSD, cache, offsets = layer(x_BSD, position_BS, frame_starts_BF, i, cache)
                 kept.append(offsets)
@@ -284,7 +291,7 @@ class Decoder(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(self.config, specs, self.remat, name=f"group_{g}")
+            )(self.config, specs, self.execution, name=f"group_{g}")
             starts = first + len(specs) * jnp.arange(repeats)
             x_BSD, stacked = period(x_BSD, starts, position_BS, frame_starts_BF)
             for r in range(repeats):

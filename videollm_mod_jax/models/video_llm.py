@@ -13,6 +13,7 @@ from videollm_mod_jax.models.cache import Caches
 from videollm_mod_jax.models.config import VideoLLMConfig
 from videollm_mod_jax.models.connector import Connector
 from videollm_mod_jax.models.decoder import Decoder, Kept
+from videollm_mod_jax.models.execution import Execution
 from videollm_mod_jax.models.layers import Linear
 from videollm_mod_jax.models.vision import VisionTower, interpolation_matrix, pool_patches
 
@@ -38,13 +39,11 @@ class VideoLLM(nn.Module):
 
     Attributes:
       config: the architecture.
-      scan: stack the decoder's layers and scan over them: training. False: decoding.
-      remat: recompute decoder blocks in the backward pass.
+      execution: how it is computed.
     """
 
     config: VideoLLMConfig
-    scan: bool = False
-    remat: bool = False
+    execution: Execution = Execution()
 
     def setup(self):
         """Makes the parts that the config has, under the names their parameters have."""
@@ -69,7 +68,7 @@ class VideoLLM(nn.Module):
                 (decoder.hidden_size,),
                 config.param_dtype,
             )
-        self.decoder = Decoder(config, self.scan, self.remat)
+        self.decoder = Decoder(config, self.execution)
         self.lm_head = Linear(
             features=decoder.vocab_size,
             axes=("embed", "vocab"),

@@ -48,7 +48,7 @@ class LoadedModel:
 
     Attributes:
       config: its architecture.
-      variables: of `VideoLLM(config, scan=False)`.
+      variables: of `VideoLLM(config)`.
       tokenizer: the one that it was trained with; None for a vision tower alone.
       system: the instruction that opened every conversation it was trained on.
     """
@@ -71,7 +71,7 @@ def save_model(
     Args:
       directory: made if missing.
       config: the architecture.
-      variables: of `VideoLLM(config, scan=False)`, all of them.
+      variables: of `VideoLLM(config)`, all of them.
       tokenizer: saved beside the weights; None for a vision tower alone.
       system: the instruction that opens every conversation.
 
@@ -177,7 +177,7 @@ def load_trained(
       step: of the checkpoint; None takes the newest.
 
     Returns:
-      The part of the variables of `VideoLLM(config, scan=False)` that `split_variables` calls
+      The part of the variables of `VideoLLM(config)` that `split_variables` calls
       trained: adapters, connector and routers, or all but the vision tower.
 
     Raises:

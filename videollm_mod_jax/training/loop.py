@@ -24,6 +24,8 @@ MAY_CHANGE = (
         for field in (
             "scan",
             "remat",
+            "kernels",
+            "mlp_rows",
             "sharding",
             "mesh",
             "log_every",
@@ -61,7 +63,7 @@ def train(
       run_config: everything that the run depends on, as json types; kept as `config.json`, and
         compared when the run is resumed.
       model_config: the architecture.
-      initial_variables: gives the variables of `VideoLLM(model_config, scan=False)` to start from;
+      initial_variables: gives the variables of `VideoLLM(model_config)` to start from;
         called only when there is no checkpoint.
       tokenizer: saved with the model.
       system: the instruction that opens every conversation, saved with the model.

@@ -10,12 +10,14 @@ import optax
 
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import (
+    Execution,
     VideoLLM,
     VideoLLMConfig,
     config_plan,
     stack_layers,
     unstack_layers,
 )
+from videollm_mod_jax.models.execution import choose_kernels
 from videollm_mod_jax.training import checkpoint, distributed, metrics, sharding
 from videollm_mod_jax.training.optimizer import (
     OptimizerConfig,
@@ -49,6 +51,7 @@ class TrainingConfig:
       microbatches: parts of a batch that are worked through one after the other.
       scan: scan over the decoder's layers (compiles fast) instead of unrolling them.
       remat: recompute decoder blocks in the backward pass (less memory, a third more work).
+      kernels, mlp_rows: see `models.Execution`.
       sharding: rule set of `training/sharding.py`: `replicate`, `fsdp` or `fsdp_tensor`.
       mesh: devices along data, fsdp and tensor; one may be -1, "the rest".
       log_every: updates between lines of `metrics.jsonl`.
@@ -69,6 +72,8 @@ class TrainingConfig:
     microbatches: int
     scan: bool
     remat: bool
+    kernels: str
+    mlp_rows: int
     sharding: str
     mesh: tuple[int, int, int]
     log_every: int
@@ -102,6 +107,17 @@ class TrainingConfig:
                 "best checkpoints are those of the lowest validation loss: set validate_every, or "
                 "keep_best to 0"
             )
+        # Refuses what is out of range.
+        self.execution("cpu")
+
+    def execution(self, platform: str) -> Execution:
+        """How the step is computed on `cpu`, `gpu` or `tpu`."""
+        return Execution(
+            scan=self.scan,
+            remat=self.remat,
+            kernels=choose_kernels(self.kernels, platform),
+            mlp_rows=self.mlp_rows,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +158,8 @@ class Run:
         layout = layout or make_layout(config.sharding, config.mesh)
         schedule = learning_rate_schedule(config.optimizer, config.steps)
         optimizer = make_optimizer(config.optimizer, schedule)
-        model = VideoLLM(model_config, scan=config.scan, remat=config.remat)
+        device = layout.mesh.devices.flat[0]
+        model = VideoLLM(model_config, config.execution(device.platform))
         train_step = make_train_step(
             model,
             optimizer,
@@ -153,7 +170,7 @@ class Run:
         validation_step = make_validation_step(model, stream_weight=config.stream_weight)
 
         def abstract(scan: bool) -> tuple[TrainState, Variables]:
-            model = VideoLLM(model_config, scan=scan)
+            model = VideoLLM(model_config, Execution(scan=scan))
             return sharding.abstract_training(model, optimizer, config.trainable, layout)
 
         target = abstract(config.scan)
