@@ -18,6 +18,15 @@ ALLOWED = {
     "conversion": {"models", "data", "training", "conversion", "errors"},
     "streaming": {"models", "data", "training", "streaming", "errors"},
     "evaluation": {"models", "data", "training", "streaming", "evaluation", "errors"},
+    "benchmarking": {
+        "models",
+        "data",
+        "training",
+        "streaming",
+        "evaluation",
+        "benchmarking",
+        "errors",
+    },
 }
 """What a folder may import. Modules beside the folders are verbs and may import all of it."""
 
