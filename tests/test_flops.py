@@ -14,7 +14,7 @@ from videollm_mod_jax.models.config import (
     full_computation,
     layer_skip,
 )
-from videollm_mod_jax.models.flops import flops, kv_cache_bytes
+from videollm_mod_jax.models.flops import flops, kv_cache_bytes, training_flops
 from videollm_mod_jax.models.presets import decoder_preset, vision_preset
 
 FRAMES, OTHER_TOKENS = 600, 601
@@ -65,33 +65,83 @@ def test_paper_flops_column(routing, tera):
     assert count.paper_macs / 1e12 == pytest.approx(tera, abs=0.02)
 
 
+# Layer 0 computes 5 + 3 * 4 = 17 rows, layer 1 computes 5 + 3 * 2 = 11.
+SMALL = VideoLLMConfig(
+    decoder=dataclasses.replace(
+        decoder_preset("tiny"),
+        vocab_size=11,
+        hidden_size=8,
+        mlp_size=12,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+    ),
+    routing=routed((1,), 0.5),
+    lora=LoraConfig(rank=3, alpha=1.0, dropout=0.0, targets=("k", "down", "lm_head")),
+    vision=dataclasses.replace(vision_preset("digits-vit"), width=16, pool=(1, 3)),
+    newline=False,
+    dtype="float32",
+    param_dtype="float32",
+)
+BASE = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12
+ADAPTERS = 3 * (8 + 4) + 3 * (12 + 8)
+PAIRS = 17 * 18 // 2 + 11 * 12 // 2
+
+
 def test_parts_of_a_small_model_counted_by_hand():
-    config = VideoLLMConfig(
-        decoder=dataclasses.replace(
-            decoder_preset("tiny"),
-            vocab_size=11,
-            hidden_size=8,
-            mlp_size=12,
-            num_layers=2,
-            num_heads=2,
-            num_kv_heads=1,
-            head_dim=4,
-        ),
-        routing=routed((1,), 0.5),
-        lora=LoraConfig(rank=3, alpha=1.0, dropout=0.0, targets=("k", "lm_head")),
-        vision=dataclasses.replace(vision_preset("digits-vit"), width=16, pool=(1, 3)),
-        newline=False,
-        dtype="float32",
-        param_dtype="float32",
-    )
-    count = flops(config, frames=3, text_tokens=5, labelled_tokens=2)
-    # Layer 0 computes 5 + 3 * 4 = 17 rows, layer 1 computes 5 + 3 * 2 = 11.
-    per_row = 8 * 8 + (8 * 4 + 3 * 12) + 8 * 4 + 8 * 8 + 3 * 8 * 12
-    assert count.linears == 2 * per_row * (17 + 11)
-    assert count.attention == 2 * (2 * 8) * (17 * 18 // 2 + 11 * 12 // 2)
+    count = flops(SMALL, frames=3, text_tokens=5, labelled_tokens=2)
+    assert count.linears == 2 * (BASE + ADAPTERS) * (17 + 11)
+    assert count.attention == 2 * (2 * 8) * PAIRS
     assert count.lm_head == 2 * (8 * 11 + 3 * 19) * 2
     assert count.connector == 2 * (16 * 8 + 8 * 8) * 12
     assert count.total == count.linears + count.attention + count.lm_head + count.connector
+
+
+def test_a_training_step_of_a_small_model_counted_by_hand():
+    def step(trainable, remat):
+        return training_flops(SMALL, 3, 5, 2, trainable=trainable, remat=remat)
+
+    lora = step("lora", True)
+    attention = 2 * (2 * 8) * PAIRS
+    # Without down, but with the first half of its adapter.
+    assert lora.recomputed == 2 * (BASE + ADAPTERS - 12 * 8 - 3 * 8) * 28 + attention
+    assert lora.input_gradients == (
+        2 * (BASE + ADAPTERS) * 28
+        + attention * 5 // 2
+        + 2 * (8 * 11 + 3 * 19) * 2
+        + 2 * 8 * 8 * 12  # The connector's second linear.
+    )
+    assert lora.weight_gradients == (2 * ADAPTERS * 28 + 2 * 3 * 19 * 2 + 2 * (16 * 8 + 8 * 8) * 12)
+    parts = (lora.forward, lora.recomputed, lora.input_gradients, lora.weight_gradients)
+    assert lora.total == sum(parts)
+
+    full = step("full", False)
+    assert full.recomputed == 0
+    assert full.weight_gradients - lora.weight_gradients == 2 * (BASE * 28 + 8 * 11 * 2)
+    assert full.input_gradients == lora.input_gradients
+
+
+@pytest.mark.parametrize(
+    ("frames", "text", "dense", "mod"),
+    [
+        (600, 0, 286.4, 170.8),
+        (600, 600, 319.7, 201.9),
+        (600, 1680, 381.8, 259.9),
+        (1200, 3360, 902.7, 599.3),
+    ],
+)
+def test_llama3_lora_steps_in_numbers_that_were_worked_out_before(frames, text, dense, mod):
+    # Teraflops of decoder layers alone, in which routed layers recompute `down`, as they must where
+    # rows are weighted behind it. Per row of a layer: 218.1 M multiply-adds, 10.5 M in adapters.
+    def layers(routing):
+        model = paper_model(routing)
+        step = training_flops(model, frames, text, 0, trainable="lora", remat=True)
+        return step.total - (2 * (1024 + 4096) + 2 * 4096 + 2 * (1024 + 4096)) * 4096 * frames * 10
+
+    assert layers(full_computation()) / 1e12 == pytest.approx(dense, rel=0.003)
+    down = 2 * 4096 * 14336 * 16 * (text + 2 * frames)
+    assert (layers(routed("interleaved", 0.2)) + down) / 1e12 == pytest.approx(mod, rel=0.003)
 
 
 def test_cache_bytes_per_frame_of_llama3():
