@@ -1,10 +1,10 @@
 """What the devices of this process are, and what they reach in practice."""
 
 import dataclasses
-import functools
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ class Peaks:
 
     Attributes:
       flops: of large matrix products, per second; a multiply-add is two.
-      bandwidth: of device memory, in bytes read and written per second, for a large array that is
-        read and written once.
+      bandwidth: of device memory, in bytes per second that a sum over a large matrix, or its product
+        with a vector, reads.
     """
 
     flops: float
@@ -64,7 +64,7 @@ def name(description: dict[str, Any]) -> str:
 
 
 def measured_peaks(dtype: str) -> Peaks:
-    """Times matrix products and a pass over memory on the first device; the best round counts.
+    """Times matrix products and reads of memory on the first device; the best round counts.
 
     Many in one program, so that launching it takes no part. The operands are random: a GPU that
     multiplies zeros draws less power and clocks higher.
@@ -73,28 +73,30 @@ def measured_peaks(dtype: str) -> Peaks:
       dtype: of the matrices: `bfloat16` or `float32`.
     """
     on_cpu = jax.local_devices()[0].platform == "cpu"
-    side, repeats = (1536, 4) if on_cpu else (8192, 32)
-    elements = 2**25 if on_cpu else 2**28
-    matrix = jax.random.normal(jax.random.key(0), (side, side), jnp.float32)
-    # Scaled so that a product is as large as its operands.
-    right = (matrix * side**-0.5).astype(dtype)
-    left = matrix.astype(dtype)
-    array = jax.random.normal(jax.random.key(1), (elements,), jnp.float32)
+    side, long_side, repeats = (1536, 6144, 4) if on_cpu else (8192, 16_384, 32)
 
-    def repeated(function):
-        loop = functools.partial(jax.lax.fori_loop, 0, repeats)
-        return jax.jit(lambda x: loop(lambda _, y: function(y), x))
+    def random_matrix(side: int) -> jax.Array:
+        # Scaled so that a product is as large as its other operand.
+        return jax.random.normal(jax.random.key(0), (side, side), dtype) * side**-0.5
 
-    product, scale = repeated(lambda x: x @ right), repeated(lambda x: x * 0.5)
-    timings = measure(
-        {"matrix products": lambda: product(left), "memory": lambda: scale(array)},
-        rounds=5,
-        warmup=2,
-    )
+    small, large = random_matrix(side), random_matrix(long_side)
+
+    def repeated(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+        # Each result is the next operand, or the compiler would take the work out of the loop.
+        return jax.jit(lambda x: jax.lax.fori_loop(0, repeats, lambda _, y: function(y), x))
+
+    product, vector_product = repeated(lambda x: x @ small), repeated(lambda x: x @ large)
+    total = repeated(lambda least: jnp.sum(jnp.where(large > least, large, 0)))
+    variants = {
+        "matrix products": lambda: product(small),
+        "vector products": lambda: vector_product(large[0]),
+        "sums": lambda: total(jnp.zeros((), dtype)),
+    }
+    timings = measure(variants, rounds=5, warmup=2)
     best = {name: min(timing.seconds) for name, timing in timings.items()}
     return Peaks(
         flops=2 * side**3 * repeats / best["matrix products"],
-        bandwidth=2 * array.nbytes * repeats / best["memory"],
+        bandwidth=large.nbytes * repeats / min(best["vector products"], best["sums"]),
     )
 
 
