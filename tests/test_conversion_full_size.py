@@ -17,7 +17,7 @@ from videollm_mod_jax.conversion.plan import Options, complete
 from videollm_mod_jax.conversion.source import Source
 from videollm_mod_jax.conversion.table import match
 from videollm_mod_jax.models import VideoLLM
-from videollm_mod_jax.models.attention import rope_frequencies
+from videollm_mod_jax.models.rope import rope_frequencies
 from videollm_mod_jax.training.sharding import abstract_variables
 
 torch = pytest.importorskip("torch")

@@ -2,7 +2,7 @@
 
 Follows `LlamaConfig`, `Qwen2Config`, `LlamaForCausalLM` and `Qwen2ForCausalLM` of
 huggingface/transformers. The q and k kernels are not permuted: transformers rotates the pairs
-(i, i + E / 2) of a head, as `models/attention.apply_rope` does, and its checkpoints were permuted
+(i, i + E / 2) of a head, as `models/rope.apply_rope` does, and its checkpoints were permuted
 for that when they were made. The `consolidated.*.pth` files of Meta's own releases were not, have
 other names, and are not supported; the Hub has the same models in this layout.
 """
@@ -23,8 +23,8 @@ from videollm_mod_jax.conversion.hf_config import (
 )
 from videollm_mod_jax.conversion.table import Rule, Table
 from videollm_mod_jax.models import DecoderConfig
-from videollm_mod_jax.models.attention import rope_frequencies
 from videollm_mod_jax.models.config import RopeScaling
+from videollm_mod_jax.models.rope import rope_frequencies
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
