@@ -16,7 +16,7 @@ from videollm_mod_jax import experiment, planning, train
 from videollm_mod_jax.data.config import DataConfig
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import full_computation
-from videollm_mod_jax.models.flops import flops
+from videollm_mod_jax.models.flops import training_flops
 from videollm_mod_jax.training import compiled
 
 ROOT = Path(__file__).parents[1]
@@ -116,10 +116,11 @@ def test_a_plan_without_a_limit_does_not_guess(planned):
     assert (planned.fits, planned.limit_bytes, planned.seconds) == (None, None, None)
 
 
-def test_the_floor_is_a_pass_forward_and_one_back(planned):
+def test_the_floor_is_that_of_the_sequences_of_a_device(planned):
     model = tiny_training.model_config(rank=2)
-    assert planned.floor_flops == 2 * 4 * flops(model, 6, 64, 24).total
-    assert planned.floor_flops < planned.program.cost.flops
+    floor = training_flops(model, 6, 64, 24, trainable="lora", remat=True)
+    assert planned.floor_flops == 4 * floor.total
+    assert planned.recomputed_flops == 4 * floor.recomputed > 0
 
 
 def test_the_tower_counts_where_the_compiler_does_not_see_it(planned):
@@ -131,6 +132,7 @@ def test_the_tower_counts_where_the_compiler_does_not_see_it(planned):
             tower_bytes=planned.tower_bytes,
             **{k: getattr(planned, k) for k in ("name", "frames", "text_tokens", "parts")},
             floor_flops=1.0,
+            recomputed_flops=0.0,
         ).fits
 
     needed = planned.program.peak_bytes + planned.tower_bytes
@@ -172,6 +174,7 @@ FAKE = planning.Plan(
     limit_bytes=1,
     fits=False,
     floor_flops=1.0,
+    recomputed_flops=0.0,
     seconds=None,
 )
 

@@ -57,6 +57,11 @@ def _rows(plan: Plan) -> dict[str, str]:
         rows["TFLOPs, matrix products  [compiled program]"] = f"{program.cost.flops / 1e12:.4g}"
         rows["TFLOPs, loop bodies once  [XLA]"] = f"{program.flops_loops_once / 1e12:.4g}"
     rows["TFLOPs, floor  [analytic]"] = f"{plan.floor_flops / 1e12:.4g}"
+    if plan.recomputed_flops:
+        without = plan.floor_flops - plan.recomputed_flops
+        rows["  without recomputation  [analytic]"] = f"{without / 1e12:.4g}"
+    if program.fits:
+        rows["  compiled / floor"] = f"{program.cost.flops / plan.floor_flops:.3f}"
     if program.fits:
         for collective in program.cost.collectives:
             rows[f"{collective.kind}  [compiled program]"] = (

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 from videollm_mod_jax.data.config import DataConfig
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM, VideoLLMConfig
-from videollm_mod_jax.models.flops import flops, kv_cache_bytes
+from videollm_mod_jax.models.flops import flops, kv_cache_bytes, training_flops
 from videollm_mod_jax.streaming import engine
 from videollm_mod_jax.training import compiled, sharding
 from videollm_mod_jax.training.compiled import Program, Target
@@ -32,7 +32,9 @@ class Plan:
       program: what the compiler says.
       limit_bytes: memory that a program may use; None where nobody knows.
       fits: None where the limit is unknown.
-      floor_flops: operations that the step cannot do without (`models.flops`).
+      floor_flops: operations that the step cannot do without (`models.flops`), the recomputation
+        that it is told to do included.
+      recomputed_flops: how many of `floor_flops` are that recomputation.
       seconds: of each resource at its peak (estimate); None without a chip.
       cache_bytes_per_frame: of a stream, with one text token between frames; None for training.
       frames_until_full: estimate: frames whose caches fill the memory that the streaming step
@@ -48,6 +50,7 @@ class Plan:
     limit_bytes: int | None
     fits: bool | None
     floor_flops: float
+    recomputed_flops: float
     seconds: dict[str, float] | None
     cache_bytes_per_frame: int | None = None
     frames_until_full: int | None = None
@@ -88,9 +91,15 @@ def plan_training(
         {k: _placed(leaf, layout.batch) for k, leaf in batch.items()}
     )
     tower = compiled.bytes_per_device(frozen["params"]["vision"])
-    # A pass forward, one back through the activations, and one to the weights if they are trained.
-    passes = 3 if training.trainable == "full" else 2
-    forward = flops(model, data.frames, data.text_tokens, data.labels).total
+    floor = training_flops(
+        model,
+        data.frames,
+        data.text_tokens,
+        data.labels,
+        trainable=training.trainable,
+        remat=training.remat,
+    )
+    sequences = data.batch_size / len(target.devices)
     return _plan(
         name=_variant(model),
         frames=data.frames,
@@ -105,7 +114,8 @@ def plan_training(
         program=compiled.compile_program(run.lower(batch), target),
         target=target,
         limit_bytes=limit_bytes,
-        floor_flops=passes * forward * data.batch_size / len(target.devices),
+        floor_flops=floor.total * sequences,
+        recomputed_flops=floor.recomputed * sequences,
     )
 
 
@@ -159,6 +169,7 @@ def plan_streaming(
         target=target,
         limit_bytes=limit_bytes,
         floor_flops=float(flops(model, 1, 1, 1).total),
+        recomputed_flops=0.0,
     )
     until_full = None
     if plan.program.fits and plan.limit_bytes is not None:
