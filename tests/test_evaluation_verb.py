@@ -156,6 +156,17 @@ def test_results_of_several_models_share_a_table(run, results, capsys):
     assert capsys.readouterr().out.count("r=0.2") == 3
 
 
+def test_a_model_of_8_bit_weights_is_named_so(run, results, tmp_path, capsys):
+    beside = ["--beside", str(results)]
+    out = ["--int8", "--no-self-conditioned", "--out", str(tmp_path / "int8")]
+    assert evaluate.main(["--checkpoint", str(run), *out, *beside]) == 0
+    names = [json.loads((path / "report.json").read_text())["model"]["name"]
+             for path in (results, tmp_path / "int8")]  # fmt: skip
+    assert names[1] == f"{names[0]}, int8"
+    assert evaluate.main(["--checkpoint", str(run), "--int8", "--out", str(results)]) == 2
+    assert "int8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -41,6 +41,7 @@ from videollm_mod_jax.evaluation.running import (
     run_part,
 )
 from videollm_mod_jax.experiment import Experiment, examples_for, plain
+from videollm_mod_jax.streaming.int8 import quantize
 from videollm_mod_jax.streaming.triggers import check_threshold
 from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.checkpoint import (
@@ -72,6 +73,7 @@ def evaluate(
     judge: Judge | None = None,
     out: str | Path | None = None,
     force: bool = False,
+    int8: bool = False,
 ) -> reporting.Report:
     """Evaluates a model, or what is left of that.
 
@@ -87,6 +89,7 @@ def evaluate(
       judge: of open answers; None is `ExactMatch`, which tables name.
       out: directory of the results; None is DIR/evaluation, or DIR/evaluation/SPLIT with `split`.
       force: evaluate on videos that the model was trained on, and say so in the report.
+      int8: round the decoder's weights to 8 bits before.
 
     Returns:
       What `report.json` holds.
@@ -99,6 +102,10 @@ def evaluate(
     directory = Path(checkpoint)
     # Whole, on the devices of this process; each holds a part of the weights.
     model = load_model(directory, distributed.own_layout("fsdp", (1, -1, 1)), step=step)
+    described = reporting.describe_model(model.config)
+    if int8:
+        described["name"] += ", int8"
+        model = quantize(model)
     if experiment is None:
         if not (directory / CONFIG_FILE).exists():
             raise UserError(
@@ -118,7 +125,8 @@ def evaluate(
 
     with distributed.lead_first("report"):
         newest = max(checkpoint_steps(directory), default=None)
-        report = _read_report(out, model, newest if step is None else step)
+        described |= {"step": newest if step is None else step}
+        report = _read_report(out, described)
     for name, chosen in splits.items():
         dataset = sources.dataset(name)
         subject = Subject(
@@ -194,9 +202,8 @@ def _examples(model: LoadedModel, sources: Sources, name: str, split: str) -> An
     )
 
 
-def _read_report(out: Path, model: LoadedModel, step: int | None) -> dict[str, Any]:
-    """The report that is there, or an empty one."""
-    described = reporting.describe_model(model.config) | {"step": step}
+def _read_report(out: Path, described: dict[str, Any]) -> dict[str, Any]:
+    """The report that is there of a model described so, or an empty one."""
     path = out / REPORT
     if not path.exists():
         return {"model": described, "benchmarks": {}}
@@ -239,6 +246,7 @@ def _main(arguments: argparse.Namespace, overrides: list[str]) -> None:
         judge=_judge(arguments),
         out=arguments.out,
         force=arguments.force,
+        int8=arguments.int8,
     )
     if distributed.is_lead():
         reporting.show([*beside, report], Console())
@@ -307,6 +315,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="evaluate on videos that the model was trained on, and mark the report",
     )
+    cli.add_int8_argument(parser)
     group = parser.add_argument_group("a judge of open answers, without which exact matches count")
     group.add_argument("--judge-url", metavar="URL", help="of OpenAI-compatible chat completions")
     group.add_argument("--judge-model", default="gpt-3.5-turbo", metavar="NAME", help="to ask")

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import qwix
 
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.config import LoraConfig
@@ -97,7 +98,14 @@ class Linear(nn.Module):
         return self.variable("lora", name, make).value
 
 
-def _product(x: jax.Array, kernel: jax.Array, dtype: Any, out_dtype: Any) -> jax.Array:
+def _product(
+    x: jax.Array, kernel: jax.Array | qwix.QArray, dtype: Any, out_dtype: Any
+) -> jax.Array:
+    if isinstance(kernel, qwix.QArray):
+        # Integers up to 127 are exact in every dtype; their scale, one per output, is applied to
+        # the product, where it need not be rounded to `dtype`.
+        product = jnp.matmul(x, kernel.qvalue.astype(dtype), preferred_element_type=jnp.float32)
+        return (product * kernel.scale[0]).astype(out_dtype)
     return jnp.matmul(x, kernel.astype(dtype), preferred_element_type=out_dtype)
 
 
