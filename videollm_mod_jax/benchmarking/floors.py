@@ -1,0 +1,125 @@
+"""What a step cannot do without: operations, and bytes of weights, caches and activations.
+
+No step is faster than its operations at the device's peak, nor than its bytes at the device's
+bandwidth.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from videollm_mod_jax.benchmarking.device import Peaks
+from videollm_mod_jax.benchmarking.filled import Context
+from videollm_mod_jax.benchmarking.timing import Timing
+from videollm_mod_jax.models import (
+    VideoLLM,
+    VideoLLMConfig,
+    VisionConfig,
+    init_variables,
+    layer_capacities,
+)
+from videollm_mod_jax.models.flops import flops, kv_cache_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one step must compute and move.
+
+    Attributes:
+      flops: of its matrix products; a multiply-add counts as two.
+      weight_bytes: of the weights that it needs, each read once.
+      cache_bytes: of the filled cache entries, each read once, and of new ones, written once.
+      activation_bytes: of inputs and results, where they count.
+    """
+
+    flops: int
+    weight_bytes: int = 0
+    cache_bytes: int = 0
+    activation_bytes: int = 0
+
+    @property
+    def bytes_moved(self) -> int:
+        """All of them."""
+        return self.weight_bytes + self.cache_bytes + self.activation_bytes
+
+
+def measured(timing: Timing, work: Work, peaks: Peaks) -> dict[str, Any]:
+    """A row of a result: times in seconds, the floors, and the share of the higher one reached."""
+    floors = {
+        "flops_floor": work.flops / peaks.flops,
+        "bytes_floor": work.bytes_moved / peaks.bandwidth,
+    }
+    share = max(floors.values()) / timing.median
+    return timing.to_dict() | dataclasses.asdict(work) | floors | {"share_of_floor": share}
+
+
+def append_work(
+    config: VideoLLMConfig, context: Context, *, streams: int, frames: int, text: int
+) -> Work:
+    """Work of one append to several streams: text tokens, frames, then one row of logits.
+
+    Args:
+      config: the model.
+      context: what each stream has seen before.
+      streams: B.
+      frames, text: that are appended to each.
+    """
+    decoder = config.decoder
+    filled = layer_capacities(config, context.text, context.frames)
+    new = layer_capacities(config, text, frames)
+    old_pairs = sum(old * more for old, more in zip(filled, new, strict=True))
+    step = flops(config, frames, text, labelled_tokens=1).total
+    step += 2 * 2 * decoder.num_heads * decoder.head_dim * old_pairs
+    moved = kv_cache_bytes(config, context.frames + frames, context.text + text, config.dtype)
+    unread = {"vision", "newline"}
+    if not frames:
+        unread |= {"connector", "router"}
+    if not decoder.tie_embeddings:
+        # A few of its rows are read, which do not count.
+        unread.add("embedding")
+    return Work(
+        flops=streams * step,
+        weight_bytes=_bytes_without(config, unread),
+        cache_bytes=streams * moved,
+    )
+
+
+def stored_bytes(config: VideoLLMConfig, *, tower: bool) -> int:
+    """Bytes of all weights, with or without those of the vision tower."""
+    return _bytes_without(config, set() if tower else {"vision"})
+
+
+def tower_work(config: VideoLLMConfig, images: int) -> Work:
+    """Work of the vision tower on some images; pooling its patches is left out."""
+    unread = {"decoder", "embedding", "lm_head", "connector", "newline", "unused_blocks"}
+    if config.vision.summary != "attention_pool":
+        unread.add("head")
+    return Work(
+        flops=images * tower_flops(config.vision),
+        weight_bytes=_bytes_without(config, unread),
+    )
+
+
+def tower_flops(vision: VisionConfig) -> int:
+    """Floating point operations of the tower's matrix products on one image, pooling left out."""
+    W, patches = vision.width, vision.patches_per_side**2
+    tokens = patches + (vision.architecture == "clip")
+    mlp = 2 * W * vision.mlp_width
+    block = tokens * (4 * W * W + mlp) + 2 * tokens * tokens * W
+    macs = 3 * vision.patch_size**2 * W * patches
+    macs += (vision.num_layers - vision.unused_blocks) * block
+    if vision.summary == "attention_pool":
+        # Keys and values of all patches, query and output of the probe, scores and their use.
+        macs += 2 * W * W * (patches + 1) + 2 * W * patches + mlp
+    return 2 * macs
+
+
+def _bytes_without(config: VideoLLMConfig, unread: set[str]) -> int:
+    """Bytes of all variables but those below one of these names."""
+    variables = jax.eval_shape(lambda: init_variables(VideoLLM(config), jax.random.key(0)))
+    return sum(
+        leaf.size * leaf.dtype.itemsize
+        for path, leaf in jax.tree.leaves_with_path(variables)
+        if not unread & {entry.key for entry in path}
+    )
