@@ -5,7 +5,7 @@ import videollm_mod_jax as vm
 
 model = vm.load("runs/digits")
 session = vm.StreamingSession(model)
-for frame in vm.read_video("clip.mp4", fps=2):
+for frame in session.encode_ahead(vm.read_video("clip.mp4", fps=2)):
     if answer := session.see(frame):
         print(f"{answer.time:6.1f}s  {answer.text}")
 print(session.ask("How many digits so far?").text)

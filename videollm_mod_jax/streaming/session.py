@@ -6,12 +6,12 @@ hold exactly what one forward pass over the finished dialogue would.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from videollm_mod_jax.data import dialogue
 from videollm_mod_jax.data.video import Frame
@@ -19,6 +19,8 @@ from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM
 from videollm_mod_jax.models.flops import kv_cache_bytes
 from videollm_mod_jax.streaming import engine
+from videollm_mod_jax.streaming.ahead import DEPTH, ahead
+from videollm_mod_jax.streaming.frames import EncodedFrame, check_image, letterbox
 from videollm_mod_jax.streaming.triggers import breaks_silence, check_threshold
 from videollm_mod_jax.training.checkpoint import LoadedModel
 
@@ -38,10 +40,11 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class FrameTiming:
-    """Where the time of one frame went, in seconds, measured until the device had finished.
+    """Where the time of `see` went for one frame, in seconds; the parts add up to all of it.
 
     Attributes:
-      encode: letterbox and vision tower.
+      encode: letterbox, and waiting for the vision tower once all else was given to the device;
+        next to nothing for a frame that was encoded ahead of the language model.
       prefill: appending the frame, and the decision to answer.
       generate: the answer; 0 where the model stayed silent.
     """
@@ -56,7 +59,7 @@ class StreamingSession:
 
     ```
     session = StreamingSession(load_model("runs/digits"), silence_threshold=0.725)
-    for frame in read_video("clip.mp4", fps=2):
+    for frame in session.encode_ahead(read_video("clip.mp4", fps=2)):
         if answer := session.see(frame):
             print(answer.time, answer.text)
     print(session.ask("How many digits so far?").text)
@@ -117,7 +120,7 @@ class StreamingSession:
         self._threshold = silence_threshold
         self._max_frames, self._max_text = max_frames, max_text_tokens
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
-        self._answer_prompt = self._encode(dialogue.ANSWER_PROMPT)
+        self._answer_prompt = self._encode_text(dialogue.ANSWER_PROMPT)
         system = model.system if system is None else system
         self._check_text("system", system)
         self._request = [] if request is None else self._request_ids(request)
@@ -127,7 +130,7 @@ class StreamingSession:
         self._frames = self._text = 0
         # The latest time reached, by a frame or a question, and by a frame.
         self._time, self._frame_time = 0.0, -math.inf
-        first = self._encode(self._opening + dialogue.STREAM_OPEN)
+        first = self._encode_text(self._opening + dialogue.STREAM_OPEN)
         if (needed := self._room_for_frame(first)) > max_text_tokens:
             raise UserError(
                 f"max_text_tokens is {max_text_tokens}; expected at least {needed}, the room that "
@@ -135,6 +138,8 @@ class StreamingSession:
             )
         self._state = engine.start(self._model, 1, max_text_tokens, max_frames, seed)
         self._compile()
+        # Freed before the next are allocated: the caches of a long stream do not fit twice.
+        del self._state
         self._state = engine.start(self._model, 1, max_text_tokens, max_frames, seed)
 
     @property
@@ -143,11 +148,46 @@ class StreamingSession:
         config = self._model.config
         return kv_cache_bytes(config, 1, 1, config.dtype)
 
+    def encode(self, frame: Frame) -> EncodedFrame:
+        """Gives a frame to the vision tower, without waiting for it. Changes nothing here.
+
+        Args:
+          frame: uint8 RGB of any size, letterboxed to the vision tower's.
+
+        Raises:
+          UserError: a frame of another kind.
+        """
+        check_image(frame)
+        square = letterbox(frame.image, self._model.config.vision.image_size)
+        features_BNW = engine.encode(self._model, self._variables, square[None])
+        return EncodedFrame(frame.time, frame.image, features_BNW)
+
+    def encode_ahead(self, frames: Iterable[Frame], depth: int = DEPTH) -> Iterator[EncodedFrame]:
+        """Frames for `see`, decoded and encoded while the language model is at work.
+
+        ```
+        thread    decode, letterbox, encode   4        5        6
+        see       append, decide, answer           1        2        3
+        ```
+
+        Args:
+          frames: such as those of `read_video`; taken one after another, in a thread of its own.
+          depth: how many frames may wait.
+
+        Yields:
+          The frames in order, and in its place whatever exception they raise. The thread ends
+          with the iterator; see `ahead`.
+
+        Raises:
+          UserError: depth below 1.
+        """
+        return ahead(map(self.encode, frames), depth)
+
     def see(self, frame: Frame) -> Answer | None:
         """Shows the next frame; the model answers or stays silent.
 
         Args:
-          frame: uint8 RGB of any size, letterboxed to the vision tower's; later than the frame
+          frame: uint8 RGB of any size, or one that this session has encoded; later than the frame
             before, and not earlier than the last question.
 
         Returns:
@@ -157,32 +197,37 @@ class StreamingSession:
           UserError: a frame of another kind or out of order, or a full context. The session is
             left as it was.
         """
-        self._check_frame(frame)
+        self._check_order(frame)
         if self._stream_open:
             prefix = [self._tokenizer.interval_id]
         else:
-            prefix = self._encode(self._opening + dialogue.STREAM_OPEN)
+            prefix = self._encode_text(self._opening + dialogue.STREAM_OPEN)
         self._check_room(frames=1, text=self._room_for_frame(prefix))
 
         began = perf_counter()
-        square = letterbox(frame.image, self._model.config.vision.image_size)
-        features_BNW = engine.encode(self._model, self._variables, square[None])
-        features_BNW.block_until_ready()
-        encoded = perf_counter()
+        encoded = frame if isinstance(frame, EncodedFrame) else self.encode(frame)
+        given = perf_counter()
         if self._opening:
             # So that a first frame is the same compiled call as any other.
             self._append_text(prefix[:-1])
             prefix = prefix[-1:]
-        self._append_frame(prefix, features_BNW)
+        self._append_frame(prefix, encoded.features_BNW)
         self._opening, self._stream_open = "", True
         self._time = self._frame_time = frame.time
         request, self._request = self._request, []
-        speaks = bool(request) or self._speaks()
+        breaks_1 = None if request else self._breaks_silence()
+        # The device has all of its work before anything waits for it. The wait for the tower only
+        # tells its time from the decoder's, for which the next line waits anyway.
+        appended = perf_counter()
+        encoded.features_BNW.block_until_ready()
+        ready = perf_counter()
+        speaks = breaks_1 is None or breaks_1.item()
         decided = perf_counter()
         prompt = request or self._answer_prompt
         answer = self._answer(prompt, padded=bool(request)) if speaks else None
         generated = perf_counter() if speaks else decided
-        self.timings.append(FrameTiming(encoded - began, decided - encoded, generated - decided))
+        encode = given - began + ready - appended
+        self.timings.append(FrameTiming(encode, decided - began - encode, generated - decided))
         return answer
 
     def ask(self, question: str, time: float | None = None) -> Answer:
@@ -207,22 +252,16 @@ class StreamingSession:
                 "showing a later frame"
             )
         prompt = self._opening + dialogue.question_prompt(question, self._stream_open)
-        ids = self._encode(prompt)
+        ids = self._encode_text(prompt)
         self._check_room(frames=0, text=engine.bucket(len(ids)) + self._max_new_tokens)
         self._opening, self._time = "", time
         return self._answer(ids, padded=True)
 
     def _request_ids(self, request: str) -> list[int]:
         self._check_text("request", request)
-        return self._encode(dialogue.question_prompt(request.strip(), stream_open=True))
+        return self._encode_text(dialogue.question_prompt(request.strip(), stream_open=True))
 
-    def _check_frame(self, frame: Frame) -> None:
-        image = frame.image
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise UserError(
-                f"the frame at {frame.time:g} s is {image.dtype}{list(image.shape)}; expected "
-                "uint8[height, width, 3]"
-            )
+    def _check_order(self, frame: Frame) -> None:
         if not (frame.time > self._frame_time and frame.time >= self._time):
             raise UserError(
                 f"the frame at {frame.time:g} s comes after {self._time:g} s was reached; show "
@@ -235,7 +274,7 @@ class StreamingSession:
             if token and token in text:
                 raise UserError(f"{name}: the text contains the reserved {token!r}; remove it")
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode_text(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids.tolist()
 
     def _room_for_frame(self, prefix: Sequence[int]) -> int:
@@ -274,9 +313,9 @@ class StreamingSession:
         self._text += len(prefix)
         self._frames += 1
 
-    def _speaks(self) -> bool:
-        logits_1V = self._state.logits_BV
-        return bool(breaks_silence(logits_1V, self._tokenizer.interval_id, self._threshold)[0])
+    def _breaks_silence(self) -> jax.Array:
+        """bool [1], which nothing has waited for."""
+        return breaks_silence(self._state.logits_BV, self._tokenizer.interval_id, self._threshold)
 
     def _answer(self, prompt: Sequence[int], *, padded: bool) -> Answer:
         self._append_text(prompt, padded=padded)
@@ -294,7 +333,8 @@ class StreamingSession:
             max_new_tokens=self._max_new_tokens,
             temperature=self._temperature,
         )
-        return np.asarray(tokens_1T)[0, : int(length_1[0])].tolist()
+        (tokens_T,), (length,) = jax.device_get((tokens_1T, length_1))
+        return tokens_T[:length].tolist()
 
     def _compile(self) -> None:
         """Runs every call once on a state that is thrown away."""
@@ -302,10 +342,10 @@ class StreamingSession:
         size = config.vision.image_size
         black = np.zeros((1, size, size, 3), np.uint8)
         features_BNW = engine.encode(self._model, self._variables, black)
-        self._append_text(self._encode(self._opening + dialogue.STREAM_OPEN)[:-1])
+        self._append_text(self._encode_text(self._opening + dialogue.STREAM_OPEN)[:-1])
         self._append_frame(interval, features_BNW)
-        self._append_frame(self._encode(dialogue.STREAM_OPEN), features_BNW)
-        self._speaks()
+        self._append_frame(self._encode_text(dialogue.STREAM_OPEN), features_BNW)
+        self._breaks_silence()
         self._append_text(self._answer_prompt, padded=False)
         if self._request:
             self._append_text(self._request)
@@ -315,25 +355,3 @@ class StreamingSession:
         self._state = self._state.replace(logits_BV=logits_1V)
         self._generate()
         self._frames = self._text = 0
-
-
-def letterbox(image_HWC: np.ndarray, size: int) -> np.ndarray:
-    """Fits a picture into a square, aspect ratio kept, zeros on both sides of the shorter one.
-
-    Args:
-      image_HWC: uint8 RGB.
-      size: side of the square; a picture of that size is returned as it is.
-
-    Returns:
-      uint8 [size, size, 3], as `read_video(..., size=size)` gives it up to rounding.
-    """
-    height, width = image_HWC.shape[:2]
-    if height == width == size:
-        return image_HWC
-    scale = size / max(height, width)
-    width, height = (max(1, round(side * scale)) for side in (width, height))
-    resized = Image.fromarray(image_HWC).resize((width, height), Image.Resampling.BICUBIC)
-    top, left = (size - height) // 2, (size - width) // 2
-    square = np.zeros((size, size, 3), np.uint8)
-    square[top : top + height, left : left + width] = np.asarray(resized)
-    return square

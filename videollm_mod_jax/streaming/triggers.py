@@ -1,11 +1,14 @@
 """When the model speaks: the threshold rule on a frame's last token."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from videollm_mod_jax.errors import UserError
 
 
+@functools.partial(jax.jit, static_argnames=("interval_id", "silence_threshold"))
 def breaks_silence(
     logits: jax.Array, interval_id: int, silence_threshold: float | None
 ) -> jax.Array:
