@@ -300,7 +300,7 @@ def test_an_out_of_memory_compile_does_not_raise():
 def test_the_slowest_resource_bounds_a_step():
     chip = CHIPS["v5e"]
     sent = hlo.Collective("all-gather", 1, 0, int(chip.network_bandwidth))
-    cost = hlo.Cost(int(2 * chip.peak_flops), int(3 * chip.memory_bandwidth), (sent,), 0)
+    cost = hlo.Cost(int(2 * chip.peak_flops), int(3 * chip.memory_bandwidth), (sent,), 0, ())
     seconds = compiled.roofline_seconds(cost, chip)
     assert seconds == pytest.approx({"compute": 2, "memory": 3, "network": 1})
 

@@ -1,11 +1,13 @@
 r"""Compiles a config's training step for hardware that need not be here, and says what it needs.
 
     python -m videollm_mod_jax.plan --config configs/ego4d_narration.py:v5p-16 --topology v5p:2x2x2
+    python -m videollm_mod_jax.plan --config configs/ego4d_narration.py:gpu-8 --topology h200:8
     python -m videollm_mod_jax.plan --config configs/digits.py --topology cpu:8 --memory 0.5
 
 The step is the very one that `train` runs. Memory and operations are read from the compiled
 program; times are estimates from the chip's peaks. Any key of the config can be overridden:
---config.training.microbatches=4. TPU topologies need `pip install libtpu` and no TPU.
+--config.training.microbatches=4. TPU topologies need `pip install libtpu` and no TPU; GPUs need
+`pip install jax-cuda12-plugin jax-cuda12-pjrt` and no GPU.
 """
 
 import argparse
@@ -55,7 +57,8 @@ def _rows(plan: Plan) -> dict[str, str]:
         rest = program.peak_bytes - program.argument_bytes
         rows["    activations, gradients, workspace  [peak - arguments]"] = _gib(rest)
         rows["TFLOPs, matrix products  [compiled program]"] = f"{program.cost.flops / 1e12:.4g}"
-        rows["TFLOPs, loop bodies once  [XLA]"] = f"{program.flops_loops_once / 1e12:.4g}"
+        if program.flops_loops_once is not None:
+            rows["TFLOPs, loop bodies once  [XLA]"] = f"{program.flops_loops_once / 1e12:.4g}"
     rows["TFLOPs, floor  [analytic]"] = f"{plan.floor_flops / 1e12:.4g}"
     if plan.recomputed_flops:
         without = plan.floor_flops - plan.recomputed_flops
@@ -69,6 +72,8 @@ def _rows(plan: Plan) -> dict[str, str]:
             )
         if program.cost.unknown_loops:
             rows["loops of unknown length, counted once"] = str(program.cost.unknown_loops)
+        for kernel in program.cost.unknown_kernels:
+            rows[f"not counted: {kernel}"] = "unknown"
     if plan.seconds:
         for resource, seconds in plan.seconds.items():
             rows[f"{resource} at peak  [estimate]"] = _milliseconds(seconds)
@@ -156,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="a file of configs/")
-    add("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p:2x2x2, v6e:4x4, cpu:8")
+    add("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p:2x2x2, h200:8, cpu:8")
     add("--memory", type=float, metavar="GB", help="GiB per device; by default the chip's")
     add("--json", metavar="FILE", help="write the numbers there, too")
     add("--compare", choices=["full"], help="put the model without routing beside it")

@@ -100,6 +100,8 @@ def plan_training(
         remat=training.remat,
     )
     sequences = data.batch_size / len(target.devices)
+    with target.tracing():
+        lowered = run.lower(batch)
     return _plan(
         name=_variant(model),
         frames=data.frames,
@@ -111,7 +113,7 @@ def plan_training(
             "batch": local_batch,
         },
         tower_bytes=tower,
-        program=compiled.compile_program(run.lower(batch), target),
+        program=compiled.compile_program(lowered, target),
         target=target,
         limit_bytes=limit_bytes,
         floor_flops=floor.total * sequences,
@@ -150,7 +152,7 @@ def plan_streaming(
             jax.ShapeDtypeStruct(features, jnp.float32),
         ),
     )
-    with layout.active():
+    with layout.active(), target.tracing():
         lowered = engine.append_frame.lower(video_llm, variables, *arguments)
     tower = compiled.bytes_per_device(variables["params"]["vision"])
     per_frame = kv_cache_bytes(model, 1, 1, jnp.dtype(model.dtype))

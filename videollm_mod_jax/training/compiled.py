@@ -1,8 +1,9 @@
 """Compiles programs for devices that need not be here, and reads what the compiler says of them.
 
-TPU compilers run without a TPU: `libtpu` alone is enough.
+TPU compilers run without a TPU: `libtpu` alone is enough. CUDA's runs without a GPU (`gpu`).
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -18,7 +19,7 @@ from jax.experimental import topologies
 
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLMConfig
-from videollm_mod_jax.training import hlo
+from videollm_mod_jax.training import gpu, hlo
 from videollm_mod_jax.training.chips import CHIPS, GIB, Chip
 
 
@@ -28,13 +29,22 @@ class Target:
 
     Attributes:
       topology: its name, `v5p:2x2x2`.
-      devices: of the topology; one per chip on all TPUs of `CHIPS`.
+      devices: of the topology; one per chip of `CHIPS`.
       chip: None for simulated CPU devices, about which nothing is known.
     """
 
     topology: str
     devices: Sequence[Any]
     chip: Chip | None
+
+    @property
+    def platform(self) -> str:
+        """`cpu`, `gpu` or `tpu`."""
+        return self.chip.platform if self.chip else "cpu"
+
+    def tracing(self) -> contextlib.AbstractContextManager[None]:
+        """What programs for the target are lowered in, beside the mesh."""
+        return gpu.cudnn_taken_for_granted() if self.platform == "gpu" else contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +60,8 @@ class Program:
         there it is the sum of arguments, results and temporaries, which is never less.
       argument_bytes: of all inputs.
       cost: read from the program's text, loops multiplied out.
-      flops_loops_once: of XLA's own analysis, which counts the body of a loop once.
+      flops_loops_once: of XLA's own analysis, which counts the body of a loop once; None on GPUs,
+        for which there is none.
     """
 
     fits: bool
@@ -63,14 +74,14 @@ class Program:
 
 
 def find_target(topology: str) -> Target:
-    """The devices of a topology: TPUs that need not exist, or simulated CPU devices.
+    """The devices of a topology: chips that need not exist, or simulated CPU devices.
 
     Args:
-      topology: `v5p:2x2x2`: generation and chips along each axis; or `cpu:8`, which needs as many
-        CPU devices in this process (`jax_num_cpu_devices`).
+      topology: `v5p:2x2x2`: generation and chips along each axis; `h200:8`: GPUs of one host; or
+        `cpu:8`, which needs as many CPU devices in this process (`jax_num_cpu_devices`).
 
     Raises:
-      UserError: an unknown topology, or libtpu is not installed.
+      UserError: an unknown topology, or the compiler for it is not installed.
     """
     kind, _, shape = topology.partition(":")
     if kind == "cpu" and shape.isdigit() and int(shape) > 0:
@@ -78,11 +89,16 @@ def find_target(topology: str) -> Target:
         if len(devices) < int(shape):
             raise UserError(f"topology {topology}: this process has {len(devices)} CPU devices")
         return Target(topology, devices, None)
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
+    chip = CHIPS.get(kind)
+    shapes = {"tpu": r"\d+(x\d+)+", "gpu": "[1-8]"}
+    if chip is None or not re.fullmatch(shapes[chip.platform], shape):
         raise UserError(
-            f"topology is {topology!r}; expected chips along each axis, such as v5e:4x4, "
-            f"v5p:2x2x2 or cpu:8; known chips: {', '.join(CHIPS)}"
+            f"topology is {topology!r}; expected chips along each axis, such as v5e:4x4 or "
+            f"v5p:2x2x2, up to 8 GPUs of a host, such as h200:8, or cpu:8; known chips: "
+            f"{', '.join(CHIPS)}"
         )
+    if chip.platform == "gpu":
+        return Target(topology, gpu.find_gpus(chip, int(shape)), chip)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"compiling for {topology} needs the TPU compiler, not a TPU: pip install libtpu"
@@ -95,7 +111,7 @@ def find_target(topology: str) -> Target:
     except jax.errors.JaxRuntimeError as error:
         line = str(error).splitlines()[0]
         raise UserError(f"libtpu knows no topology {topology}: {line}") from error
-    return Target(topology, found.devices, CHIPS[kind])
+    return Target(topology, found.devices, chip)
 
 
 def abstract_batch(
@@ -129,7 +145,7 @@ def abstract_batch(
 def compile_program(lowered: jax.stages.Lowered, target: Target) -> Program:
     """Compiles for a target, and reads memory and cost; too large is an answer, too."""
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(*([gpu.COMPILER_OPTIONS] if target.platform == "gpu" else []))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -144,7 +160,7 @@ def compile_program(lowered: jax.stages.Lowered, target: Target) -> Program:
         peak_bytes=peak,
         argument_bytes=memory.argument_size_in_bytes,
         cost=hlo.cost(compiled.as_text()),
-        flops_loops_once=compiled.cost_analysis()["flops"],
+        flops_loops_once=(compiled.cost_analysis() or {}).get("flops"),
     )
 
 
@@ -187,7 +203,7 @@ def roofline_seconds(cost: hlo.Cost, chip: Chip) -> Mapping[str, float]:
 def versions() -> dict[str, str]:
     """Of the packages that the numbers depend on; those that are absent are left out."""
     out = {}
-    for name in ("jax", "jaxlib", "libtpu"):
+    for name in ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt"):
         try:
             out[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

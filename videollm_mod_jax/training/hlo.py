@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from videollm_mod_jax.training.hlo_kernels import kernel_flops, kernel_name, kernel_target
 from videollm_mod_jax.training.hlo_text import (
     Computation,
     Instruction,
@@ -74,17 +75,21 @@ class Cost:
     """What one device does in one run of a program.
 
     Attributes:
-      flops: of matrix products and convolutions; a multiply-add is two. Nothing else is counted.
+      flops: of matrix products and convolutions, those of known kernels included (`hlo_kernels`);
+        a multiply-add is two. Nothing else is counted.
       memory_bytes: estimate of the traffic with device memory: an argument is read once, and what
         an operation leaves there is written once and read once. On-chip memory is left out.
       collectives: by kind, in the order of `COLLECTIVES`; absent kinds are left out.
       unknown_loops: loops whose number of runs the text does not tell; counted once.
+      unknown_kernels: calls of kernels that may hold products, of which nothing was counted: the
+        target and where it comes from, each once.
     """
 
     flops: int
     memory_bytes: int
     collectives: tuple[Collective, ...]
     unknown_loops: int
+    unknown_kernels: tuple[str, ...]
 
 
 @dataclasses.dataclass
@@ -118,6 +123,7 @@ def cost(text: str) -> Cost:
         memory_bytes=arguments + tally.memory,
         collectives=tuple(Collective(k, *kinds[k]) for k in COLLECTIVES if k in kinds),
         unknown_loops=tally.unknown,
+        unknown_kernels=tuple(sorted(reader.unknown_kernels)),
     )
 
 
@@ -127,6 +133,7 @@ class _Reader:
     def __init__(self, text: str):
         self.entry, self.computations = parse(text)
         self.tallies: dict[str, _Tally] = {}
+        self.unknown_kernels: set[str] = set()
 
     def total(self) -> _Tally:
         return self._tally(self.entry)
@@ -147,6 +154,12 @@ class _Reader:
             total.flops += _dot_flops(within, instruction)
         elif opcode == "convolution":
             total.flops += _convolution_flops(within, instruction)
+        elif opcode == "custom-call":
+            flops = kernel_flops(within, instruction)
+            if flops is None:
+                name = f"{kernel_target(instruction)} ({kernel_name(instruction)})"
+                self.unknown_kernels.add(name)
+            total.flops += flops or 0
         elif opcode == "while":
             trips = self._trips(within, instruction)
             total.unknown += trips is None

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 _NAME = r"%([\w.\-]+)"
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(rf"^(ENTRY )?{_NAME} .*\{{$")
+_START = re.compile(rf"^\s+(ROOT )?{_NAME} = ")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +53,23 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
     for line in text.splitlines():
         header = _COMPUTATION.match(line)
         if header:
-            name, instructions, root = header[2], {}, ""
+            name, lines = header[2], []
             entry = name if header[1] else entry
-        elif line.startswith("}") and name:
-            computations[name] = Computation(root, instructions)
+        elif name and _END.match(line):
+            computations[name] = _computation(lines)
             name = None
-        elif name and " = " in line:
-            instruction = _instruction(line.strip())
-            instructions[instruction.name] = instruction
-            if line.lstrip().startswith("ROOT "):
-                root = instruction.name
+        elif name and _START.match(line):
+            lines.append(line.strip())
+        elif name and lines:
+            # Attributes of kernels hold line breaks.
+            lines[-1] += line
     return entry, computations
+
+
+def _computation(lines: list[str]) -> Computation:
+    instructions = [_instruction(line) for line in lines]
+    root = next(i for i, line in zip(instructions, lines, strict=True) if line.startswith("ROOT "))
+    return Computation(root.name, {i.name: i for i in instructions})
 
 
 def _instruction(line: str) -> Instruction:
