@@ -28,16 +28,13 @@ class LayerCache:
       v_BGCE: values.
       position_BC: int32 stream position of every entry, increasing; EMPTY in free slots, which all
         lie behind the filled ones.
+      length_B: int32 number of filled entries, which is also where the next one goes.
     """
 
     k_BGCE: jax.Array
     v_BGCE: jax.Array
     position_BC: jax.Array
-
-    @property
-    def length_B(self) -> jax.Array:
-        """int32 number of filled entries, which is also where the next one goes."""
-        return jnp.sum(self.position_BC != EMPTY, axis=-1, dtype=jnp.int32)
+    length_B: jax.Array
 
     def append(self, k_BTGE: jax.Array, v_BTGE: jax.Array, position_BT: jax.Array) -> "LayerCache":
         """Writes T entries behind the filled ones.
@@ -45,19 +42,30 @@ class LayerCache:
         Padding tokens (position EMPTY) may stand at the tail of the T; their slots stay free. The
         caller sees to it that all T fit: an overlong write would move back over older entries.
         """
-
-        start_B = self.length_B
-
-        def write(buffer: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
-            update = jax.lax.dynamic_update_slice_in_dim
-            each = jax.vmap(lambda buffer, rows, start: update(buffer, rows, start, axis))
-            return each(buffer, rows.astype(buffer.dtype), start_B)
-
-        return LayerCache(
-            k_BGCE=write(self.k_BGCE, jnp.swapaxes(k_BTGE, 1, 2), 1),
-            v_BGCE=write(self.v_BGCE, jnp.swapaxes(v_BTGE, 1, 2), 1),
-            position_BC=write(self.position_BC, position_BT, 0),
+        k_BGTE, v_BGTE = (
+            jnp.swapaxes(rows_BTGE, 1, 2).astype(self.k_BGCE.dtype)
+            for rows_BTGE in (k_BTGE, v_BTGE)
         )
+
+        # One contiguous update per stream, which every compiler does in place. All streams at once
+        # would be a scatter, for which XLA on CPU transposes whole caches.
+        def write(b: jax.Array, buffers: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            k_BGCE, v_BGCE, position_BC = buffers
+            k_1GTE, v_1GTE, position_1T = (
+                jax.lax.dynamic_slice_in_dim(rows, b, 1) for rows in (k_BGTE, v_BGTE, position_BT)
+            )
+            start = self.length_B[b]
+            update = jax.lax.dynamic_update_slice
+            return (
+                update(k_BGCE, k_1GTE, (b, 0, start, 0)),
+                update(v_BGCE, v_1GTE, (b, 0, start, 0)),
+                update(position_BC, position_1T, (b, start)),
+            )
+
+        buffers = (self.k_BGCE, self.v_BGCE, self.position_BC)
+        k_BGCE, v_BGCE, position_BC = jax.lax.fori_loop(0, self.length_B.shape[0], write, buffers)
+        new_B = jnp.sum(position_BT != EMPTY, axis=-1, dtype=jnp.int32)
+        return LayerCache(k_BGCE, v_BGCE, position_BC, self.length_B + new_B)
 
 
 Caches = tuple[LayerCache, ...]
@@ -86,6 +94,7 @@ def init_caches(
             k_BGCE=jnp.zeros(shape, dtype),
             v_BGCE=jnp.zeros(shape, dtype),
             position_BC=jnp.full((batch_size, capacity), EMPTY, jnp.int32),
+            length_B=jnp.zeros((batch_size,), jnp.int32),
         )
 
     return tuple(one(capacity) for capacity in layer_capacities(config, max_text, max_frames))
@@ -102,6 +111,9 @@ def trim_caches(caches: Caches, limit_B: jax.Array) -> Caches:
 
     def trim(cache: LayerCache) -> LayerCache:
         stays_BC = cache.position_BC < limit_B[:, None]
-        return cache.replace(position_BC=jnp.where(stays_BC, cache.position_BC, EMPTY))
+        return cache.replace(
+            position_BC=jnp.where(stays_BC, cache.position_BC, EMPTY),
+            length_B=jnp.sum(stays_BC, axis=-1, dtype=jnp.int32),
+        )
 
     return tuple(trim(cache) for cache in caches)
