@@ -1,8 +1,8 @@
 """The PyTorch peer does the work that ours does, and so may be timed beside it."""
 
 import dataclasses
+import functools
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from tests import tiny_training
 from tests.peers import running, stream, train
 from tests.peers.decoding import CACHES, Decoding
 from tests.peers.model import Peer, as_tensors
-from tests.peers.training import random_batch
 from tests.peers.update import Update
 from videollm_mod_jax.models import NO_LORA, Execution, LoraConfig, VideoLLM, full_computation
 from videollm_mod_jax.models.config import LINEAR_NAMES
@@ -44,38 +43,48 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    # Idle threads of torch spin, and other tests run beside these.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def update(config=CONFIG):
     peer = Peer(config, CPU)
     peer.load(jax.tree.map(jnp.asarray, tiny_training.variables(config)))
     return Update(peer, TRAINING, compiled=False)
 
 
-def ours(optimizer, steps):
-    """Returns (state, losses) of some updates."""
-    model = VideoLLM(CONFIG, Execution(remat=True))
-    step = jax.jit(
-        make_train_step(
-            model,
-            optimizer,
-            SCHEDULE,
-            stream_weight=TRAINING.stream_weight,
-            microbatches=TRAINING.microbatches,
-        )
+@functools.cache
+def ours():
+    """State and loss after each of three updates, which keep their gradient."""
+    # Passes the gradient on as it is.
+    keep = optax.trace(decay=0.0, nesterov=False)
+    optimizer = optax.chain(keep, make_optimizer(TRAINING.optimizer, SCHEDULE))
+    step = make_train_step(
+        VideoLLM(CONFIG, Execution(remat=True)),
+        optimizer,
+        SCHEDULE,
+        stream_weight=TRAINING.stream_weight,
+        microbatches=TRAINING.microbatches,
     )
+    step = jax.jit(step)
     trained, frozen = split_variables(tiny_training.variables(CONFIG), "lora")
-    state, losses = create_state(trained, optimizer, seed=0), []
-    for index in range(steps):
+    state, after = create_state(trained, optimizer, seed=0), []
+    for index in range(3):
         state, metrics = step(state, frozen, tiny_training.batch(index))
-        losses.append(means(jax.device_get(metrics))["loss"])
-    return state, losses
+        after.append((state, means(jax.device_get(metrics))["loss"]))
+    return after
 
 
 def test_the_loss_and_every_gradient_are_ours():
-    # Its update is the gradient itself, which it also keeps.
-    state, losses = ours(optax.sgd(1.0, momentum=0.9), steps=1)
+    state, loss = ours()[0]
     theirs = update()
-    loss = theirs.gradients(as_tensors(tiny_training.batch(0), CPU))
-    assert float(loss) == pytest.approx(losses[0], abs=1e-4)
+    found_loss = theirs.gradients(as_tensors(tiny_training.batch(0), CPU))
+    assert float(found_loss) == pytest.approx(loss, abs=1e-4)
     expected = theirs.peer.tensors(state.opt_state[0].trace)
     found = {n: p.grad for n, p in theirs.peer.parameters_by_name().items() if p.requires_grad}
     assert found.keys() == expected.keys()
@@ -86,13 +95,13 @@ def test_the_loss_and_every_gradient_are_ours():
 
 
 def test_three_updates_leave_our_weights():
-    state, losses = ours(make_optimizer(TRAINING.optimizer, SCHEDULE), steps=3)
     theirs, before = update(), update()
-    for index, loss in enumerate(losses):
+    for index, (_, loss) in enumerate(ours()):
         batch = as_tensors(tiny_training.batch(index), CPU)
         assert float(theirs(batch, float(SCHEDULE(index)))) == pytest.approx(loss, abs=1e-4)
     found = theirs.peer.parameters_by_name()
     start = before.peer.parameters_by_name()
+    state, _ = ours()[-1]
     for name, weight in theirs.peer.tensors(state.trained).items():
         torch.testing.assert_close(found[name], weight, atol=1e-4, rtol=0, msg=name)
         assert (found[name] - start[name]).abs().max() > 1e-3, name
@@ -125,16 +134,6 @@ def test_a_filled_cache_is_as_long_as_asked_for(cache):
     theirs.fill(13, seed=0)
     assert [int(layer.get_seq_length()) for layer in theirs.cache.layers] == [13] * 4
     assert all(layer.keys[:, :, :13].abs().min() > 0 for layer in theirs.cache.layers)
-
-
-def test_the_timed_batch_is_full():
-    # frames 2, text 3, N = 5       a v v v v v b c v v v v v
-    data = types.SimpleNamespace(batch_size=2, frames=2, text_tokens=3, labels=4)
-    batch = random_batch(CONFIG, data, seed=0)
-    assert batch["frame_starts"].tolist() == [[1, 8]] * 2
-    assert batch["tokens"].shape == (2, 13)
-    assert batch["label_positions"].tolist() == [[0, 4, 8, 12]] * 2
-    assert batch["label_kinds"].tolist() == [[1, 2, 1, 2]] * 2
 
 
 def test_ratios_are_to_the_fastest_peer():
