@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 from videollm_mod_jax import cli
-from videollm_mod_jax.benchmarking import floors, report, stream_tables, streaming
+from videollm_mod_jax.benchmarking import device, floors, report, stream_tables, streaming
 from videollm_mod_jax.benchmarking.device import Peaks
 from videollm_mod_jax.benchmarking.filled import Context, fill
 from videollm_mod_jax.benchmarking.floors import Work
@@ -31,7 +31,7 @@ FULL = dataclasses.replace(tiny.CONFIG, routing=full_computation())
 
 def test_positions_are_those_of_the_drawing():
     context = Context(frames=2, text=3)
-    assert [context.text_before(frame) for frame in (0, 1)] == [1, 2]
+    assert context.frame_starts(3).tolist() == [1, 6]
     assert context.positions(3, None).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert context.positions(3, 2).tolist() == [0, 1, 2, 4, 5, 6, 7]
     assert context.positions(3, 0).tolist() == [0, 4, 5]
@@ -42,8 +42,8 @@ def really_streamed(model, streams):
     rng = np.random.default_rng(0)
     variables = init_variables(model, jax.random.key(0))
     state = engine.start(model, streams, ROOM.text, ROOM.frames, seed=0)
-    for frame in range(CONTEXT.frames):
-        prefix_BT = rng.integers(1, 40, (streams, CONTEXT.text_before(frame))).astype(np.int32)
+    for text in np.diff([0, *CONTEXT.frame_starts(0)]):
+        prefix_BT = rng.integers(1, 40, (streams, text)).astype(np.int32)
         features_BNW = rng.normal(size=(streams, N, tiny.VISION.width)).astype(np.float32)
         state = engine.append_frame(model, variables, state, prefix_BT, features_BNW)
     return state
@@ -166,7 +166,9 @@ def measured():
     _, data, _ = read_training(plain(cli.read_config("configs/digits.py", [])))
     data = dataclasses.replace(data, frames=4, text_tokens=9)
     announced = []
-    result = streaming.benchmark_stream(tiny.CONFIG, data, "auto", SETTINGS, announced.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "measured_peaks", lambda dtype: Peaks(flops=1e9, bandwidth=1e9))
+        result = streaming.benchmark_stream(tiny.CONFIG, data, "auto", SETTINGS, announced.append)
     assert "1 x 0.05 min: 6 frames, 14 text" in announced
     return result
 

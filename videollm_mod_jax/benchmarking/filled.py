@@ -34,9 +34,16 @@ class Context:
     frames: int
     text: int
 
-    def text_before(self, frame: int) -> int:
-        """Text tokens between the frame before (or the beginning) and this one."""
-        return (frame + 1) * self.text // self.frames - frame * self.text // self.frames
+    def frame_starts(self, tokens_per_frame: int) -> np.ndarray:
+        """Position of the first token of every frame, int32.
+
+        ```
+        a v v v b c w w w       1 6
+        ```
+        """
+        frame_F = np.arange(self.frames)
+        text_F = (frame_F + 1) * self.text // self.frames
+        return (text_F + frame_F * tokens_per_frame).astype(np.int32)
 
     def positions(self, tokens_per_frame: int, keep: int | None) -> np.ndarray:
         """Stream positions that a layer stores, int32, increasing.
@@ -55,11 +62,10 @@ class Context:
         """
         N = tokens_per_frame
         kept = range(N) if keep is None else {j * N // keep for j in range(keep)}
-        frame_N = [n in kept for n in range(N)]
-        stored: list[bool] = []
-        for frame in range(self.frames):
-            stored += [True] * self.text_before(frame) + frame_N
-        return np.flatnonzero(stored).astype(np.int32)
+        dropped = np.array([n for n in range(N) if n not in kept], int)
+        is_stored_S = np.ones(self.text + self.frames * N, bool)
+        is_stored_S[self.frame_starts(N)[:, None] + dropped] = False
+        return np.flatnonzero(is_stored_S).astype(np.int32)
 
 
 def fill(
@@ -83,7 +89,7 @@ def fill(
     state = engine.start(model, batch_size, room.text, room.frames, seed)
     logits_key, *keys = jax.random.split(jax.random.key(seed), 1 + len(state.caches))
     caches = tuple(
-        _append_random(cache, context.positions(config.tokens_per_frame, spec.keep), key)
+        append_random(cache, context.positions(config.tokens_per_frame, spec.keep), key)
         for cache, spec, key in zip(state.caches, config_plan(config), keys, strict=True)
     )
     length = context.text + context.frames * config.tokens_per_frame
@@ -95,7 +101,14 @@ def fill(
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _append_random(cache: LayerCache, position_T: jax.Array, key: jax.Array) -> LayerCache:
+def append_random(cache: LayerCache, position_T: jax.Array, key: jax.Array) -> LayerCache:
+    """Appends entries at these stream positions, the same for every stream of the cache.
+
+    Args:
+      cache: donated; it has room for them.
+      position_T: int32, increasing.
+      key: of their keys and values.
+    """
     B, G, _, E = cache.k_BGCE.shape
     k_BTGE, v_BTGE = jax.random.normal(key, (2, B, len(position_T), G, E), cache.k_BGCE.dtype)
     return cache.append(k_BTGE, v_BTGE, jnp.broadcast_to(position_T, (B, len(position_T))))

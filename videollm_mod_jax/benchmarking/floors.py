@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from videollm_mod_jax.benchmarking.device import Peaks
 from videollm_mod_jax.benchmarking.filled import Context
@@ -16,10 +17,11 @@ from videollm_mod_jax.models import (
     VideoLLM,
     VideoLLMConfig,
     VisionConfig,
+    full_computation,
     init_variables,
     layer_capacities,
 )
-from videollm_mod_jax.models.flops import flops, kv_cache_bytes
+from videollm_mod_jax.models.flops import flops, kv_cache_bytes, training_flops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,48 @@ def append_work(
         flops=streams * step,
         weight_bytes=_bytes_without(config, unread),
         cache_bytes=streams * moved,
+    )
+
+
+def one_layer(config: VideoLLMConfig) -> VideoLLMConfig:
+    """A model with one dense layer of the same shapes."""
+    decoder = dataclasses.replace(config.decoder, num_layers=1)
+    return dataclasses.replace(config, decoder=decoder, routing=full_computation())
+
+
+def layer_work(
+    config: VideoLLMConfig, batch_size: int, rows: int, *, trainable: str, remat: bool
+) -> tuple[Work, Work]:
+    """Work of one layer on so many rows: forward, and forward and backward."""
+    layer = one_layer(config)
+    forward = flops(layer, 0, rows, labelled_tokens=0).total
+    both = training_flops(layer, 0, rows, 0, trainable=trainable, remat=remat).total
+    return Work(flops=batch_size * forward), Work(flops=batch_size * both)
+
+
+def attention_work(config: VideoLLMConfig, batch_size: int, rows: int) -> tuple[Work, Work]:
+    """Work of causal attention: forward, and forward and backward, whose scores are not stored.
+
+    Two products forward, five backward (arXiv 2205.14135). Queries, keys, values and the result are
+    moved once forward; backward they and their gradients.
+    """
+    decoder = config.decoder
+    forward = batch_size * flops(one_layer(config), 0, rows, labelled_tokens=0).attention
+    heads = 2 * (decoder.num_heads + decoder.num_kv_heads)
+    arrays = batch_size * rows * heads * decoder.head_dim * jnp.dtype(config.dtype).itemsize
+    return (
+        Work(flops=forward, activation_bytes=arrays),
+        Work(flops=7 * forward // 2, activation_bytes=3 * arrays),
+    )
+
+
+def cached_attention_work(config: VideoLLMConfig, length: int, new: int) -> Work:
+    """Work of the last entries of a cache attending to all up to their own."""
+    decoder = config.decoder
+    pairs = new * (length - new) + new * (new + 1) // 2
+    return Work(
+        flops=2 * 2 * decoder.num_heads * decoder.head_dim * pairs,
+        cache_bytes=kv_cache_bytes(one_layer(config), 0, length, config.dtype),
     )
 
 

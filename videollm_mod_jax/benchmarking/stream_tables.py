@@ -36,7 +36,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         *(_step_table(row) for row in result["steps"]),
         report.table("growth with the stream", COLUMNS, growth),
         report.table("memory of the frame step", COLUMNS, memory),
-        report.table("vision tower", ("[ms]", "share of the floor [%]", "frames/s"), tower),
+        report.table("vision tower", ("ms", "share of the floor, %", "frames/s"), tower),
     ]
 
 

@@ -20,6 +20,7 @@ from videollm_mod_jax.benchmarking.device import Peaks
 from videollm_mod_jax.benchmarking.filled import Context, fill
 from videollm_mod_jax.benchmarking.floors import measured
 from videollm_mod_jax.benchmarking.timing import Timing, measure
+from videollm_mod_jax.benchmarking.training import variants
 from videollm_mod_jax.data.config import DataConfig
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import (
@@ -27,7 +28,6 @@ from videollm_mod_jax.models import (
     VideoLLM,
     VideoLLMConfig,
     config_plan,
-    full_computation,
     init_variables,
 )
 from videollm_mod_jax.models.flops import kv_cache_bytes
@@ -160,10 +160,11 @@ def benchmark_stream(
       of both variants; `growth` between contexts; `memory` by number of streams; and `tower`.
 
     Raises:
-      UserError: the device cannot hold the weights and the caches of both variants.
+      UserError: the model routes nowhere, or the device cannot hold the weights and the caches of
+        both variants.
     """
     config.require("decoder", "vision")
-    variants = {"full": dataclasses.replace(config, routing=full_computation()), "mod": config}
+    configs = variants(config)
     middle = settings.minutes[len(settings.minutes) // 2]
     runs = {1: settings.minutes} | {count: (middle,) for count in settings.streams if count > 1}
     # A stream has the room of the longest at every length: a cost that followed the capacity would
@@ -172,10 +173,10 @@ def benchmark_stream(
         count: settings.room(settings.context(lengths[-1], data)) for count, lengths in runs.items()
     }
     for streams, room in rooms.items():
-        _check_memory(variants, room, streams)
+        _check_memory(configs, room, streams)
     announce("measuring the device and drawing weights")
     peaks = device.measured_peaks(config.dtype)
-    models = {name: VideoLLM(each, Execution(kernels=kernels)) for name, each in variants.items()}
+    models = {name: VideoLLM(each, Execution(kernels=kernels)) for name, each in configs.items()}
     variables = init_variables(models["mod"], jax.random.key(0))
     steps, memory = [], []
     for streams, lengths in runs.items():
@@ -188,7 +189,7 @@ def benchmark_stream(
             }
             row = {"minutes": minutes, "streams": streams}
             row |= {"frames": context.frames, "text_tokens": context.text}
-            steps.append(row | _steps(variants, sides, context, streams, settings, peaks))
+            steps.append(row | _steps(configs, sides, context, streams, settings, peaks))
         row = {"streams": streams} | dataclasses.asdict(rooms[streams])
         memory.append(row | {name: side.memory() for name, side in sides.items()})
     announce("the vision tower")
@@ -242,7 +243,7 @@ def growth(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _steps(
-    variants: Mapping[str, VideoLLMConfig],
+    configs: Mapping[str, VideoLLMConfig],
     sides: Mapping[str, Streams],
     context: Context,
     streams: int,
@@ -265,7 +266,7 @@ def _steps(
         context.frames + calls, context.text + calls + middle * settings.new_tokens + half
     )
     out: dict[str, Any] = {"frame": {}, "token": {}}
-    for name, config in variants.items():
+    for name, config in configs.items():
         work = floors.append_work(config, at_frame, streams=streams, frames=1, text=1)
         out["frame"][name] = measured(frames[name], work, peaks)
         each = Timing(tuple(s / settings.new_tokens for s in answers[name].seconds))
@@ -290,10 +291,10 @@ def _tower(
     return out
 
 
-def _check_memory(variants: Mapping[str, VideoLLMConfig], room: Context, streams: int) -> None:
+def _check_memory(configs: Mapping[str, VideoLLMConfig], room: Context, streams: int) -> None:
     limit = device.describe()["memory_bytes"]
-    needed = floors.stored_bytes(variants["mod"], tower=True) + streams * sum(
-        kv_cache_bytes(config, room.frames, room.text, config.dtype) for config in variants.values()
+    needed = floors.stored_bytes(configs["mod"], tower=True) + streams * sum(
+        kv_cache_bytes(config, room.frames, room.text, config.dtype) for config in configs.values()
     )
     if limit is not None and needed > limit:
         raise UserError(
