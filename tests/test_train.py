@@ -75,7 +75,7 @@ def test_every_config_traces_its_train_step(path, converted):
     layout = sharding.make_layout(training.sharding, training.mesh)
     schedule = optimizer.learning_rate_schedule(training.optimizer, training.steps)
     adamw = optimizer.make_optimizer(training.optimizer, schedule)
-    model = VideoLLM(config, training.execution("cpu"))
+    model = VideoLLM(config, training.execution())
     state, frozen = sharding.abstract_training(model, adamw, training.trainable, layout)
     step = make_train_step(
         model,

@@ -1,14 +1,13 @@
-"""Causal grouped-query attention of a sequence with itself.
+"""Causal grouped-query attention of a sequence with itself, by the kernels of the platform.
 
-Letters: B batch, T tokens, U key tokens, H query heads, G key/value heads, Q = H / G query heads
-per key/value head, E head width.
+Letters: B batch, T tokens, H query heads, G key/value heads, E head width.
 """
 
 import jax
-import jax.numpy as jnp
 
-QUERY_CHUNK = 512
-"""Longest run of queries whose scores against all keys are in memory at once."""
+from videollm_mod_jax.models.attention_per_device import attend_per_device
+from videollm_mod_jax.models.attention_splash import splash_attention
+from videollm_mod_jax.models.attention_xla import blockwise_attention
 
 
 def causal_attention(
@@ -25,54 +24,26 @@ def causal_attention(
     Order decides, not position: the rows of a routed layer stand in the order of the stream, and
     padding stands behind everything that could see it.
 
+    No kernel holds all scores at once, forward or backward, computes the blocks above the diagonal,
+    or repeats keys for the query heads that share them.
+
     Args:
       q_BTHE: rotated queries.
       k_BTGE: rotated keys; G divides H.
       v_BTGE: values.
-      kernels: of `execution.KERNELS`, not `auto`.
+      kernels: `xla`: blocks in plain XLA; `tpu`: Splash; `gpu`: cuDNN's flash attention. What each
+        can serve is said by `execution.choose_kernels`.
 
     Returns:
       [B, T, H, E] in q's dtype; scores and softmax are float32.
     """
-    del kernels
-    B, T, H, E = q_BTHE.shape
-    chunks = -(-T // QUERY_CHUNK)
-    if chunks == 1:
-        return dense_attention(q_BTHE, k_BTGE, v_BTGE, jnp.tri(T, dtype=bool)[None])
-    size = -(-T // chunks)
-    pad = chunks * size - T
-    q_NBTHE = jnp.pad(q_BTHE, [(0, 0), (0, pad), (0, 0), (0, 0)]).reshape(B, chunks, size, H, E)
-
-    @jax.checkpoint
-    def one(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q_BTHE, first = chunk
-        visible_TU = jnp.arange(T) <= first + jnp.arange(size)[:, None]
-        return dense_attention(q_BTHE, k_BTGE, v_BTGE, visible_TU[None])
-
-    out = jax.lax.map(one, (jnp.moveaxis(q_NBTHE, 1, 0), size * jnp.arange(chunks)))
-    return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, E)[:, :T]
+    if kernels == "xla":
+        return blockwise_attention(q_BTHE, k_BTGE, v_BTGE)
+    attend = {"tpu": splash_attention, "gpu": _cudnn_attention}[kernels]
+    return attend_per_device(attend, q_BTHE, k_BTGE, v_BTGE)
 
 
-def dense_attention(
-    q_BTHE: jax.Array, k_BUGE: jax.Array, v_BUGE: jax.Array, visible_BTU: jax.Array
-) -> jax.Array:
-    """Attention under a mask, all scores in memory at once.
-
-    Args:
-      q_BTHE: rotated queries.
-      k_BUGE: rotated keys; G divides H.
-      v_BUGE: values.
-      visible_BTU: bool, B may be 1; every query sees some key.
-
-    Returns:
-      [B, T, H, E] in q's dtype; scores and softmax are float32.
-    """
-    B, T, H, E = q_BTHE.shape
-    G = k_BUGE.shape[2]
-    q_BTGQE = (q_BTHE * E**-0.5).reshape(B, T, G, H // G, E)
-    scores_BGQTU = jnp.einsum(
-        "BTGQE,BUGE->BGQTU", q_BTGQE, k_BUGE, preferred_element_type=jnp.float32
+def _cudnn_attention(q_BTHE: jax.Array, k_BTGE: jax.Array, v_BTGE: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(
+        q_BTHE, k_BTGE, v_BTGE, is_causal=True, implementation="cudnn"
     )
-    scores_BGQTU = jnp.where(visible_BTU[:, None, None], scores_BGQTU, -jnp.inf)
-    weights_BGQTU = jax.nn.softmax(scores_BGQTU, axis=-1).astype(v_BUGE.dtype)
-    return jnp.einsum("BGQTU,BUGE->BTGQE", weights_BGQTU, v_BUGE).reshape(B, T, H, E)

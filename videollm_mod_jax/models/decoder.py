@@ -14,7 +14,7 @@ from videollm_mod_jax.models.attention import causal_attention
 from videollm_mod_jax.models.cache import Caches, LayerCache
 from videollm_mod_jax.models.cached_attention import cached_attention
 from videollm_mod_jax.models.config import VideoLLMConfig
-from videollm_mod_jax.models.execution import Execution, choose_kernels
+from videollm_mod_jax.models.execution import Execution, choose_kernels, current_platform
 from videollm_mod_jax.models.layers import Linear, RMSNorm
 from videollm_mod_jax.models.plan import LayerSpec, Plan, config_plan, scan_groups
 from videollm_mod_jax.models.rope import apply_rope, rope_frequencies
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         frequencies = rope_frequencies(E, decoder.rope_theta, decoder.rope_scaling)
         q_BTHE = apply_rope(q_BTHE, position_BT, frequencies)
         k_BTGE = apply_rope(k_BTGE, position_BT, frequencies)
-        kernels = choose_kernels(self.execution.kernels)
+        kernels = choose_kernels(self.execution.kernels, current_platform(), q_BTHE.dtype, E)
         if cache is None:
             out_BTHE = causal_attention(q_BTHE, k_BTGE, v_BTGE, kernels)
         else:

@@ -3,11 +3,20 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from videollm_mod_jax.models.building import require, require_choice
 
-KERNELS = ("auto", "xla")
-"""`auto` decides by the platform; the others are named in `Execution`."""
+KERNELS = ("auto", "xla", "gpu", "tpu")
+"""`auto` decides by the platform and the model; the others are described in `Execution`."""
+
+_SERVED = {
+    # Hopper serves 256, too; what JAX traces for must not depend on the kind of GPU.
+    "gpu": (("bfloat16", "float16"), 8, 128),
+    "tpu": (("bfloat16",), 64, 256),
+}
+"""By kernels: dtypes, what divides the width of heads, and how wide they may be."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,8 +27,9 @@ class Execution:
       scan: stack the decoder's layers and scan over them (training); False unrolls them, with one
         cache each (decoding).
       remat: recompute decoder blocks in the backward pass.
-      kernels: what computes attention: `xla` is portable; `auto` takes the best that the platform
-        has.
+      kernels: what computes attention: `gpu`: cuDNN's flash attention; `tpu`: Splash; `xla`: blocks
+        in plain XLA, on every platform; `auto`: the first of them that can serve. See
+        `choose_kernels`.
       mlp_rows: rows of a sequence that an MLP computes at a time; 0 takes all of them.
     """
 
@@ -33,13 +43,38 @@ class Execution:
         require(self.mlp_rows >= 0, f"mlp_rows is {self.mlp_rows}; expected 0 or more")
 
 
-def choose_kernels(kernels: str, platform: str | None = None) -> str:
-    """Replaces `auto` by the kernels of a platform.
+def current_platform() -> str:
+    """`cpu`, `gpu` or `tpu`: of the mesh that is set, wherever it is, else of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def choose_kernels(kernels: str, platform: str, dtype: DTypeLike, head_dim: int) -> str:
+    """Replaces `auto` by the best kernels that a platform has for a model, else by `xla`.
 
     Args:
       kernels: one of `KERNELS`.
-      platform: `cpu`, `gpu` or `tpu`; None is the one of this process.
+      platform: see `current_platform`.
+      dtype: of queries, keys and values.
+      head_dim: their width, E.
+
+    Raises:
+      UserError: kernels that were asked for cannot serve.
     """
-    platform = jax.default_backend() if platform is None else platform
-    del platform  # one kind so far
-    return "xla" if kernels == "auto" else kernels
+    if kernels == "xla" or (kernels == "auto" and platform not in _SERVED):
+        return "xla"
+    require(
+        kernels in ("auto", platform),
+        f"kernels is {kernels!r}, which needs a {kernels.upper()}; this runs on {platform}: choose "
+        "'auto' or 'xla'",
+    )
+    dtypes, multiple, widest = _SERVED[platform]
+    dtype = jnp.dtype(dtype).name
+    serves = dtype in dtypes and head_dim % multiple == 0 and head_dim <= widest
+    require(
+        serves or kernels == "auto",
+        f"kernels is {kernels!r}, which serves {' and '.join(dtypes)} with head_dim a multiple of "
+        f"{multiple} up to {widest}; the model has dtype {dtype} and head_dim {head_dim}: choose "
+        "'auto' or 'xla'",
+    )
+    return platform if serves else "xla"

@@ -17,7 +17,6 @@ from videollm_mod_jax.models import (
     stack_layers,
     unstack_layers,
 )
-from videollm_mod_jax.models.execution import choose_kernels
 from videollm_mod_jax.training import checkpoint, distributed, metrics, sharding
 from videollm_mod_jax.training.optimizer import (
     OptimizerConfig,
@@ -108,14 +107,14 @@ class TrainingConfig:
                 "keep_best to 0"
             )
         # Refuses what is out of range.
-        self.execution("cpu")
+        self.execution()
 
-    def execution(self, platform: str) -> Execution:
-        """How the step is computed on `cpu`, `gpu` or `tpu`."""
+    def execution(self) -> Execution:
+        """How the step is computed."""
         return Execution(
             scan=self.scan,
             remat=self.remat,
-            kernels=choose_kernels(self.kernels, platform),
+            kernels=self.kernels,
             mlp_rows=self.mlp_rows,
         )
 
@@ -158,8 +157,7 @@ class Run:
         layout = layout or make_layout(config.sharding, config.mesh)
         schedule = learning_rate_schedule(config.optimizer, config.steps)
         optimizer = make_optimizer(config.optimizer, schedule)
-        device = layout.mesh.devices.flat[0]
-        model = VideoLLM(model_config, config.execution(device.platform))
+        model = VideoLLM(model_config, config.execution())
         train_step = make_train_step(
             model,
             optimizer,
