@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from videollm_mod_jax.models import routing
+from videollm_mod_jax.models import mlp, routing
 from videollm_mod_jax.models.attention import causal_attention
 from videollm_mod_jax.models.cache import Caches, LayerCache
 from videollm_mod_jax.models.cached_attention import cached_attention
@@ -69,21 +69,20 @@ class Mlp(nn.Module):
     """SwiGLU, its rows weighted: down(silu(gate(x)) * up(x)) * w."""
 
     config: VideoLLMConfig
+    execution: Execution
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, weight_BT: jax.Array | None) -> jax.Array:
         """[B, T, D] -> [B, T, D]; `weight_BT` is None where every weight is 1."""
         mlp_size, hidden_size = self.config.decoder.mlp_size, x_BTD.shape[-1]
-        gate_BTI = _linear(self.config, "gate", mlp_size, ("embed", "mlp"))(x_BTD)
-        up_BTI = _linear(self.config, "up", mlp_size, ("embed", "mlp"))(x_BTD)
-        down = _linear(self.config, "down", hidden_size, ("mlp", "embed"))
-        hidden_BTI = nn.silu(gate_BTI) * up_BTI
-        if weight_BT is not None:
-            # `down` is linear, so rows may be weighted before it. Behind it, the weight's gradient
-            # would need down's output: a matmul more in the backward pass, which otherwise drops
-            # it, and under tensor parallelism an all-reduce more.
-            hidden_BTI = hidden_BTI * weight_BT.astype(hidden_BTI.dtype)[..., None]
-        return down(hidden_BTI)
+        linears = (
+            (_linear(self.config, "gate", mlp_size, ("embed", "mlp")), hidden_size),
+            (_linear(self.config, "up", mlp_size, ("embed", "mlp")), hidden_size),
+            (_linear(self.config, "down", hidden_size, ("mlp", "embed")), mlp_size),
+        )
+        weights = tuple(linear.weights(inputs) for linear, inputs in linears)
+        keys = tuple(linear.dropout_key() for linear, _ in linears)
+        return mlp.in_row_chunks(x_BTD, weight_BT, weights, keys, self.execution.mlp_rows)
 
 
 class Block(nn.Module):
@@ -121,9 +120,9 @@ class Block(nn.Module):
             normed_BMD, position_BM, cache
         )
         normed_BMD = RMSNorm(eps, param_dtype, name="mlp_norm")(x_BMD + a_BMD)
-        mlp = Mlp(self.config, name="mlp")
+        feed_forward = Mlp(self.config, self.execution, name="mlp")
         if router is None or self.config.routing.weighting == "none":
-            return a_BMD + mlp(normed_BMD, None), cache
+            return a_BMD + feed_forward(normed_BMD, None), cache
 
         kernel_D, bias, is_vision_BM = router
         # Scores of the gathered rows are computed anew, so that their gradient needs no scatter of
@@ -131,7 +130,7 @@ class Block(nn.Module):
         score_BM = routing.router_scores(x_BMD, kernel_D) + bias
         gate_BM = routing.token_gates(self.config.routing.weighting, score_BM, is_vision_BM)
         gate_BM1 = gate_BM[..., None]
-        update_BMD = gate_BM1.astype(a_BMD.dtype) * a_BMD + mlp(normed_BMD, gate_BM)
+        update_BMD = gate_BM1.astype(a_BMD.dtype) * a_BMD + feed_forward(normed_BMD, gate_BM)
         if self.config.routing.weighting == "official":
             update_BMD = update_BMD + (gate_BM1 - 1).astype(x_BMD.dtype) * x_BMD
         return update_BMD, cache

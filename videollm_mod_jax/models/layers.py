@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import qwix
@@ -38,6 +39,67 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.param("scale", init, (x.shape[-1],), self.param_dtype), self.eps)
 
 
+@flax.struct.dataclass
+class LinearWeights:
+    """What a linear computes with, apart from the module that owns it.
+
+    So a loop over rows, or over columns of the output, is a plain `jax.lax` loop whose weights
+    stand outside.
+
+    Attributes:
+      kernel: [in, out].
+      bias: [out], or None.
+      a, b: [in, R] and [R, out] of the adapter, float32; None without one.
+      scale: alpha / R of the adapter.
+      dropout: chance that an input of the adapter is dropped where a key is given.
+      dtype: of the product.
+      out_dtype: of the output.
+    """
+
+    kernel: jax.Array | qwix.QArray
+    bias: jax.Array | None
+    a: jax.Array | None
+    b: jax.Array | None
+    scale: float = flax.struct.field(pytree_node=False)
+    dropout: float = flax.struct.field(pytree_node=False)
+    dtype: Any = flax.struct.field(pytree_node=False)
+    out_dtype: Any = flax.struct.field(pytree_node=False)
+
+    def apply(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        """x W (+ bias) (+ scale * drop(x) A B): [..., in] -> [..., out]."""
+        return self.from_rank(x, self.to_rank(x, dropout_key))
+
+    def to_rank(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array | None:
+        """drop(x) A: [..., in] -> [..., R], or None without an adapter."""
+        if self.a is None:
+            return None
+        x = x.astype(self.dtype)
+        if self.dropout > 0 and dropout_key is not None:
+            stays = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
+            x = jnp.where(stays, x / (1 - self.dropout), 0).astype(self.dtype)
+        return _product(x, self.a, self.dtype, self.dtype)
+
+    def from_rank(self, x: jax.Array, low_rank: jax.Array | None) -> jax.Array:
+        """`apply`, given what `to_rank` gave."""
+        y = _product(x.astype(self.dtype), self.kernel, self.dtype, self.out_dtype)
+        if self.bias is not None:
+            y = y + self.bias.astype(self.out_dtype)
+        if low_rank is not None:
+            low_rank = low_rank.astype(self.dtype)
+            y = y + self.scale * _product(low_rank, self.b, self.dtype, self.out_dtype)
+        return y
+
+    def columns(self, start: jax.Array, size: int) -> "LinearWeights":
+        """The weights of `size` neighbouring outputs."""
+
+        def cut(leaf: jax.Array | None) -> jax.Array | None:
+            if leaf is None:
+                return None
+            return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=leaf.ndim - 1)
+
+        return self.replace(kernel=cut(self.kernel), bias=cut(self.bias), b=cut(self.b))
+
+
 class Linear(nn.Module):
     """y = x W (+ b) (+ the low-rank update of LoRA).
 
@@ -64,31 +126,41 @@ class Linear(nn.Module):
     param_dtype: Any
     out_dtype: Any = None
 
-    @nn.compact
     def __call__(self, x: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
         """[..., in] -> [..., features]; a tied head passes its `kernel` [in, features]."""
-        axis_in, axis_out = self.axes
-        out_dtype = self.out_dtype or self.dtype
-        shape = (x.shape[-1], self.features)
+        return self.weights(x.shape[-1], kernel).apply(x, self.dropout_key())
+
+    def dropout_key(self) -> jax.Array | None:
+        """The key of this call's dropout, or None where nothing is dropped."""
+        drops = self.lora is not None and self.lora.dropout > 0 and self.has_rng("dropout")
+        return self.make_rng("dropout") if drops else None
+
+    @nn.compact
+    def weights(self, inputs: int, kernel: jax.Array | None = None) -> LinearWeights:
+        """The weights, made where they are missing; `kernel` as in `__call__`."""
+        (axis_in, axis_out), features = self.axes, self.features
         if kernel is None:
             init = nn.with_logical_partitioning(kernel_init, self.axes)
-            kernel = self.param("kernel", init, shape, self.param_dtype)
-        x = x.astype(self.dtype)
-        y = _product(x, kernel, self.dtype, out_dtype)
+            kernel = self.param("kernel", init, (inputs, features), self.param_dtype)
+        bias = a = b = None
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (axis_out,))
-            bias = self.param("bias", init, (self.features,), self.param_dtype)
-            y = y + bias.astype(out_dtype)
+            bias = self.param("bias", init, (features,), self.param_dtype)
         if self.lora is not None:
-            a = self._adapter("a", kernel_init, (axis_in, "lora_rank"), (shape[0], self.lora.rank))
+            rank = self.lora.rank
             zeros = nn.initializers.zeros_init()
-            b = self._adapter("b", zeros, ("lora_rank", axis_out), (self.lora.rank, shape[1]))
-            if self.lora.dropout > 0 and self.has_rng("dropout"):
-                x = nn.Dropout(self.lora.dropout, deterministic=False)(x)
-            low_rank = _product(x, a, self.dtype, self.dtype)
-            scale = self.lora.alpha / self.lora.rank
-            y = y + scale * _product(low_rank, b, self.dtype, out_dtype)
-        return y
+            a = self._adapter("a", kernel_init, (axis_in, "lora_rank"), (inputs, rank))
+            b = self._adapter("b", zeros, ("lora_rank", axis_out), (rank, features))
+        return LinearWeights(
+            kernel=kernel,
+            bias=bias,
+            a=a,
+            b=b,
+            scale=self.lora.alpha / self.lora.rank if self.lora else 1.0,
+            dropout=self.lora.dropout if self.lora else 0.0,
+            dtype=self.dtype,
+            out_dtype=self.out_dtype or self.dtype,
+        )
 
     def _adapter(self, name: str, init: Any, axes: tuple[str, str], shape: tuple[int, int]):
         def make():
