@@ -8,7 +8,7 @@ from rich.table import Table
 
 from videollm_mod_jax.benchmarking import device
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.training.checkpoint import write_json
+from videollm_mod_jax.training.checkpoint import read_json, write_json
 
 
 def path(out: Path, name: str) -> Path:
@@ -37,6 +37,18 @@ def write(out: Path, name: str, result: dict[str, Any]) -> Path:
     file = path(out, name)
     write_json(file, {"benchmark": name, "device": device.describe(), **result})
     return file
+
+
+def read(file: Path) -> dict[str, Any]:
+    """What `write` wrote.
+
+    Raises:
+      UserError: it is missing, or not a result of a benchmark.
+    """
+    result = read_json(file)
+    if not isinstance(result, dict) or not {"benchmark", "device"} <= set(result):
+        raise UserError(f"{file} is not what a benchmark wrote; expected `benchmark` and `device`")
+    return result
 
 
 def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:

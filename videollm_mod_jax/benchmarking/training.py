@@ -109,7 +109,7 @@ def benchmark_training(
             }
             for name, config in configs.items()
         }
-        rows.append(shapes | measured | {"ratio": _ratios(measured)})
+        rows.append(shapes | measured | {"ratio": ratios(measured)})
         del sides, side, batch
     return {
         "model": model.to_dict(),
@@ -173,12 +173,17 @@ def figures(
     }
 
 
-def _ratios(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Mod over full of what both have."""
-    keys = ("compiled_flops", "floor_flops", "compiler_peak_bytes", "device_peak_bytes")
-    values = {key: [measured[name].get(key) for name in ("mod", "full")] for key in keys}
-    values["seconds"] = [
-        measured[name]["seconds"]["median"] if measured[name]["fits"] else None
-        for name in ("mod", "full")
-    ]
-    return {key: mod / full if mod and full else None for key, (mod, full) in values.items()}
+def ratios(row: Mapping[str, Any]) -> dict[str, float]:
+    """Mod over full of every number, or median, that both have."""
+    out = {}
+    for key in row["full"]:
+        mod, full = (_number(row[name].get(key)) for name in ("mod", "full"))
+        if mod is not None and full:
+            out[key] = mod / full
+    return out
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, Mapping):
+        return value["median"]
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
