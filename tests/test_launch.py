@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-SCRIPTS = ("local.sh", "slurm.sbatch", "tpu_pod.sh", "xpk.sh")
+SCRIPTS = ("benchmark.sh", "local.sh", "slurm.sbatch", "tpu_pod.sh", "xpk.sh")
 TRAIN = ("--", "--config", "configs/digits.py", "--workdir", "runs/a b")
 
 DRY_RUNS = {
@@ -22,9 +22,15 @@ DRY_RUNS = {
         for part in (ROOT / "tests" / "launch_dry_runs.txt").read_text().split("$ launch/")[1:]
     )
 }
-"""By command line of a script: what it prints with `--dry-run` and the arguments of `TRAIN`."""
+"""By command line of a script: what it prints with `--dry-run` and its arguments."""
+
+OVERRIDE = ("--", "--config.data.batch_size=2")
 
 WRONG = {
+    "benchmark.sh": "--out is needed",
+    "benchmark.sh --out": "--out needs a value",
+    "benchmark.sh --out here --model big": "--model is 'big', not llama3-8b or tiny",
+    "benchmark.sh --out here --rounds many": "--rounds needs a number, not 'many'",
     "local.sh": "no arguments",
     "local.sh --processes many -- x": "--processes needs a number, not 'many'",
     "local.sh --typo -- x": "unknown option '--typo'",
@@ -54,7 +60,8 @@ def run(line: str, *arguments: str, **environment: str) -> subprocess.CompletedP
 
 @pytest.mark.parametrize("line", DRY_RUNS)
 def test_a_dry_run_prints_what_would_run(line):
-    done = run(f"{line} --dry-run", *TRAIN, XLA_FLAGS="")
+    arguments = OVERRIDE if line.startswith("benchmark.sh") else TRAIN
+    done = run(f"{line} --dry-run", *arguments, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr
     assert [text.rstrip() for text in done.stdout.splitlines()] == DRY_RUNS[line]
 
