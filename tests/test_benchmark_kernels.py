@@ -64,6 +64,20 @@ def test_backward_reaches_all_inputs_and_what_is_trained(layers):
     assert np.any(np.asarray(gradients["trained"]["params"]["router"]["kernel"]) != 0)
 
 
+def test_an_mlp_in_chunks_computes_the_same():
+    cases = by_name(kernel_cases.mlp_cases(MODEL, SHAPES, TRAINING, (4, 16)))
+    assert {(name, case.rows) for (name, _), case in cases.items()} == {
+        ("full, all rows at a time", S),
+        ("full, 4 rows at a time", S),
+        ("full, 16 rows at a time", S),
+        ("mod, all rows at a time", M),
+        ("mod, 4 rows at a time", M),
+    }
+    whole, chunked = (cases[f"mod, {rows} rows at a time", BOTH].step() for rows in ("all", 4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), whole, chunked)
+    assert set(whole[1][0]["trained"]) == {"lora"}
+
+
 def test_attention_to_a_cache_sees_what_is_filled_and_no_more():
     cases = list(kernel_cases.cached_attention_cases(MODEL, SHAPES, (8, 16)))
     assert [(case.name, case.rows) for case in cases] == [
@@ -87,6 +101,13 @@ def test_floors_are_what_they_come_to_by_hand():
     cached = floors.cached_attention_work(tiny.CONFIG, length=8, new=3)
     assert cached.flops == 2 * 2 * 4 * 8 * (6 + 7 + 8)
     assert cached.cache_bytes == 8 * 2 * 2 * 8 * 4
+
+    # gate, up and down of 32 x 48; of them only down has an adapter, of rank 2.
+    forward, both = floors.mlp_work(MODEL, batch_size=2, rows=3, trainable="lora")
+    assert forward.flops == 2 * 6 * (3 * 32 * 48 + 2 * (32 + 48))
+    assert both.flops == 2 * forward.flops + 2 * 6 * 2 * (32 + 48)
+    _, both = floors.mlp_work(MODEL, batch_size=2, rows=3, trainable="full")
+    assert both.flops == 3 * forward.flops
 
     linear = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
     forward, both = floors.layer_work(tiny.CONFIG, 2, 3, trainable="full", remat=False)

@@ -103,6 +103,20 @@ def layer_work(
     return Work(flops=batch_size * forward), Work(flops=batch_size * both)
 
 
+def mlp_work(
+    config: VideoLLMConfig, batch_size: int, rows: int, trainable: str
+) -> tuple[Work, Work]:
+    """Work of the MLP of a layer: forward, and forward and backward, nothing recomputed."""
+    hidden, mlp = config.decoder.hidden_size, config.decoder.mlp_size
+    adapted = sum(config.lora.adapts(name) for name in ("gate", "up", "down"))
+    return _linear_work(
+        batch_size * rows,
+        base=3 * hidden * mlp,
+        adapters=adapted * config.lora.rank * (hidden + mlp),
+        trainable=trainable,
+    )
+
+
 def attention_work(config: VideoLLMConfig, batch_size: int, rows: int) -> tuple[Work, Work]:
     """Work of causal attention: forward, and forward and backward, whose scores are not stored.
 
@@ -157,6 +171,13 @@ def tower_flops(vision: VisionConfig) -> int:
         # Keys and values of all patches, query and output of the probe, scores and their use.
         macs += 2 * W * W * (patches + 1) + 2 * W * patches + mlp
     return 2 * macs
+
+
+def _linear_work(rows: int, *, base: int, adapters: int, trainable: str) -> tuple[Work, Work]:
+    """Of linears with so many multiply-adds per row in their kernels and in their adapters."""
+    forward = 2 * rows * (base + adapters)
+    weight_gradients = forward if trainable == "full" else 2 * rows * adapters
+    return Work(flops=forward), Work(flops=2 * forward + weight_gradients)
 
 
 def _bytes_without(config: VideoLLMConfig, unread: set[str]) -> int:

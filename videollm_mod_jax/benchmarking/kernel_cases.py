@@ -17,10 +17,10 @@ from videollm_mod_jax.benchmarking import floors
 from videollm_mod_jax.benchmarking.filled import Context, append_random
 from videollm_mod_jax.benchmarking.floors import Work
 from videollm_mod_jax.data.config import DataConfig
-from videollm_mod_jax.models import VideoLLMConfig, config_plan, init_caches
+from videollm_mod_jax.models import Execution, VideoLLMConfig, config_plan, init_caches
 from videollm_mod_jax.models.attention import causal_attention
 from videollm_mod_jax.models.cached_attention import cached_attention
-from videollm_mod_jax.models.decoder import Layer
+from videollm_mod_jax.models.decoder import Layer, Mlp
 from videollm_mod_jax.models.execution import choose_kernels, current_platform
 from videollm_mod_jax.models.plan import LayerSpec
 from videollm_mod_jax.training.optimizer import merge_variables, split_variables
@@ -131,7 +131,11 @@ def layer_cases(model: VideoLLMConfig, shapes: Shapes, training: TrainingConfig)
             variables = merge_variables(inputs["trained"], constants["frozen"])
             return layer.apply(variables, inputs["x_BSD"], *constants["places"], 0, None)[0]
 
-        trained, frozen = split_variables(_init_layer(layer), training.trainable)
+        # One frame behind one token is enough to make them.
+        T = 1 + shapes.tokens_per_frame
+        places_1T = jnp.arange(T, dtype=jnp.int32)[None], jnp.ones((1, 1), jnp.int32)
+        x_1TD = jnp.zeros((1, T, model.decoder.hidden_size), model.dtype)
+        trained, frozen = _split(_init(layer, x_1TD, *places_1T, 0, None), training.trainable)
         shape = (shapes.batch_size, length, model.decoder.hidden_size)
         position_BS = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape[:2])
         yield from _both_ways(
@@ -148,6 +152,32 @@ def layer_cases(model: VideoLLMConfig, shapes: Shapes, training: TrainingConfig)
                 remat=training.remat,
             ),
         )
+
+
+def mlp_cases(
+    model: VideoLLMConfig, shapes: Shapes, training: TrainingConfig, chunks: Sequence[int]
+) -> Iterator[Case]:
+    """The MLP on the rows of a dense and of a routed layer, all at once and so many at a time."""
+    hidden_size = model.decoder.hidden_size
+    for side, rows in shapes.sides.items():
+        for chunk in (0, *(chunk for chunk in chunks if chunk < rows)):
+            mlp = Mlp(model, Execution(mlp_rows=chunk))
+
+            def run(inputs: dict, frozen: dict, mlp: Mlp = mlp) -> jax.Array:
+                return mlp.apply(merge_variables(inputs["trained"], frozen), inputs["x_BTD"], None)
+
+            x_11D = jnp.zeros((1, 1, hidden_size), model.dtype)
+            variables = _init(mlp, x_11D, None)
+            trained, frozen = _split(variables, training.trainable)
+            x_BTD = _random(0, (shapes.batch_size, rows, hidden_size), model.dtype)
+            yield from _both_ways(
+                f"{side}, {chunk or 'all'} rows at a time",
+                rows,
+                run,
+                {"trained": trained, "x_BTD": x_BTD},
+                frozen,
+                floors.mlp_work(model, shapes.batch_size, rows, training.trainable),
+            )
 
 
 def cached_attention_cases(
@@ -210,18 +240,15 @@ def _both_ways(
         yield Case(name=name, direction=direction, rows=rows, step=step, work=work)
 
 
-def _init_layer(layer: Layer) -> dict[str, Any]:
-    """Random variables of a layer, from one frame behind one token."""
-    config = layer.config
-    T = 1 + config.tokens_per_frame
+def _init(module: nn.Module, *arguments: Any) -> dict[str, Any]:
+    """Random variables of a module that is called with these arguments."""
+    init = jax.jit(lambda key: module.init(key, *arguments))
+    return nn.meta.unbox(init(jax.random.key(0)))
 
-    def init(key: jax.Array) -> dict[str, Any]:
-        x_1TD = jnp.zeros((1, T, config.decoder.hidden_size), config.dtype)
-        position_1T = jnp.arange(T, dtype=jnp.int32)[None]
-        variables = layer.init(key, x_1TD, position_1T, jnp.ones((1, 1), jnp.int32), 0, None)
-        return nn.meta.unbox(variables)
 
-    return jax.jit(init)(jax.random.key(0))
+def _split(variables: dict[str, Any], trainable: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The trained and the frozen ones; adapters need not sit in every part of a model."""
+    return split_variables({"lora": {}} | variables, trainable)
 
 
 def _random(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:

@@ -14,6 +14,9 @@ from videollm_mod_jax.data.config import DataConfig
 from videollm_mod_jax.models import VideoLLMConfig
 from videollm_mod_jax.training.run import TrainingConfig
 
+MLP_ROWS = (1024, 2048)
+"""Rows of a sequence that the MLP is also timed on at a time."""
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -51,6 +54,7 @@ def benchmark_kernels(
     parts = {
         "attention": lambda: kernel_cases.attention_cases(model, shapes),
         "layer": lambda: kernel_cases.layer_cases(model, shapes, training),
+        "mlp": lambda: kernel_cases.mlp_cases(model, shapes, training, MLP_ROWS),
         "attention to a cache": lambda: kernel_cases.cached_attention_cases(model, shapes, lengths),
     }
     rows = {}
