@@ -78,6 +78,17 @@ def test_an_mlp_in_chunks_computes_the_same():
     assert set(whole[1][0]["trained"]) == {"lora"}
 
 
+def test_the_head_is_timed_at_labelled_positions():
+    cases = by_name(kernel_cases.head_cases(MODEL, SHAPES, TRAINING))
+    (name,) = {name for name, _ in cases}
+    assert name == "4 positions, all words at a time"
+    loss, (gradients,) = cases[name, BOTH].step()
+    V = MODEL.decoder.vocab_size
+    assert 2 * 4 * 0.5 * np.log(V) < loss < 2 * 4 * 2 * np.log(V)
+    assert gradients["hidden_BJD"].shape == (2, 4, D)
+    assert set(gradients["trained"]) == {"lora"}
+
+
 def test_attention_to_a_cache_sees_what_is_filled_and_no_more():
     cases = list(kernel_cases.cached_attention_cases(MODEL, SHAPES, (8, 16)))
     assert [(case.name, case.rows) for case in cases] == [
@@ -108,6 +119,11 @@ def test_floors_are_what_they_come_to_by_hand():
     assert both.flops == 2 * forward.flops + 2 * 6 * 2 * (32 + 48)
     _, both = floors.mlp_work(MODEL, batch_size=2, rows=3, trainable="full")
     assert both.flops == 3 * forward.flops
+
+    V = MODEL.decoder.vocab_size
+    forward, both = floors.head_work(MODEL, batch_size=2, labels=4, trainable="lora")
+    assert forward.flops == 2 * 8 * (32 * V + 2 * (32 + V))
+    assert both.flops == 2 * forward.flops + 2 * 8 * 2 * (32 + V)
 
     linear = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
     forward, both = floors.layer_work(tiny.CONFIG, 2, 3, trainable="full", remat=False)

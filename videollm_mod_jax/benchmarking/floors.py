@@ -117,6 +117,20 @@ def mlp_work(
     )
 
 
+def head_work(
+    config: VideoLLMConfig, batch_size: int, labels: int, trainable: str
+) -> tuple[Work, Work]:
+    """Work of the output head at labelled positions: forward, and forward and backward."""
+    hidden, vocab = config.decoder.hidden_size, config.decoder.vocab_size
+    rank = config.lora.rank if config.lora.adapts("lm_head") else 0
+    return _linear_work(
+        batch_size * labels,
+        base=hidden * vocab,
+        adapters=rank * (hidden + vocab),
+        trainable=trainable,
+    )
+
+
 def attention_work(config: VideoLLMConfig, batch_size: int, rows: int) -> tuple[Work, Work]:
     """Work of causal attention: forward, and forward and backward, whose scores are not stored.
 

@@ -17,12 +17,15 @@ from videollm_mod_jax.benchmarking import floors
 from videollm_mod_jax.benchmarking.filled import Context, append_random
 from videollm_mod_jax.benchmarking.floors import Work
 from videollm_mod_jax.data.config import DataConfig
+from videollm_mod_jax.data.example import LANGUAGE
 from videollm_mod_jax.models import Execution, VideoLLMConfig, config_plan, init_caches
 from videollm_mod_jax.models.attention import causal_attention
 from videollm_mod_jax.models.cached_attention import cached_attention
 from videollm_mod_jax.models.decoder import Layer, Mlp
 from videollm_mod_jax.models.execution import choose_kernels, current_platform
+from videollm_mod_jax.models.layers import Linear
 from videollm_mod_jax.models.plan import LayerSpec
+from videollm_mod_jax.training.losses import streaming_loss
 from videollm_mod_jax.training.optimizer import merge_variables, split_variables
 from videollm_mod_jax.training.run import TrainingConfig
 
@@ -178,6 +181,40 @@ def mlp_cases(
                 frozen,
                 floors.mlp_work(model, shapes.batch_size, rows, training.trainable),
             )
+
+
+def head_cases(model: VideoLLMConfig, shapes: Shapes, training: TrainingConfig) -> Iterator[Case]:
+    """The output head and the loss at all labelled positions, the same with routing and without."""
+    decoder, B, J = model.decoder, shapes.batch_size, shapes.labels
+    head = Linear(
+        features=decoder.vocab_size,
+        axes=("embed", "vocab"),
+        use_bias=False,
+        lora=model.lora if model.lora.adapts("lm_head") else None,
+        dtype=model.dtype,
+        param_dtype=model.param_dtype,
+        out_dtype=jnp.float32,
+    )
+    trained, frozen = _split(
+        _init(head, jnp.zeros((1, 1, decoder.hidden_size), model.dtype)), training.trainable
+    )
+
+    def run(inputs: dict, constants: dict) -> jax.Array:
+        variables = merge_variables(inputs["trained"], constants["frozen"])
+        logits_BJV = head.apply(variables, inputs["hidden_BJD"])
+        sums = streaming_loss(logits_BJV, *constants["labels"], training.stream_weight)
+        return sums["loss"][0]
+
+    labels_BJ = jax.random.randint(jax.random.key(1), (B, J), 0, decoder.vocab_size)
+    hidden_BJD = _random(0, (B, J, decoder.hidden_size), model.dtype)
+    yield from _both_ways(
+        f"{J} positions, all words at a time",
+        J,
+        run,
+        {"trained": trained, "hidden_BJD": hidden_BJD},
+        {"frozen": frozen, "labels": (labels_BJ, jnp.full((B, J), LANGUAGE, jnp.int8))},
+        floors.head_work(model, B, J, training.trainable),
+    )
 
 
 def cached_attention_cases(

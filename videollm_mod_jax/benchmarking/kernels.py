@@ -55,6 +55,7 @@ def benchmark_kernels(
         "attention": lambda: kernel_cases.attention_cases(model, shapes),
         "layer": lambda: kernel_cases.layer_cases(model, shapes, training),
         "mlp": lambda: kernel_cases.mlp_cases(model, shapes, training, MLP_ROWS),
+        "head and loss": lambda: kernel_cases.head_cases(model, shapes, training),
         "attention to a cache": lambda: kernel_cases.cached_attention_cases(model, shapes, lengths),
     }
     rows = {}
