@@ -158,6 +158,10 @@ def test_a_stream_fills_the_memory_that_its_step_leaves():
     assert dense.cache_bytes_per_frame == 4 * (1 + 5) * 2 * 2 * 8 * 4
     assert routed.cache_bytes_per_frame == (2 * (1 + 5) + 2 * (1 + 2)) * 2 * 2 * 8 * 4
     assert routed.frames_until_full > dense.frames_until_full > 0
+    # An entry has a position, too.
+    kept = limit - dense.program.peak_bytes - dense.tower_bytes + dense.parts["caches"]
+    stored = dense.cache_bytes_per_frame + 4 * (1 + 5) * 4
+    assert dense.frames_until_full == kept // stored
 
 
 def fake_plan(frames, fits):

@@ -12,7 +12,6 @@ program; times are estimates from the chip's peaks. Any key of the config can be
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from videollm_mod_jax.planning import (
     scale_frames,
 )
 from videollm_mod_jax.training import compiled
+from videollm_mod_jax.training.checkpoint import write_json
 from videollm_mod_jax.training.chips import GIB
 
 
@@ -149,7 +149,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
         out = {"config": arguments.config, "overrides": overrides, "step": step}
         out |= {"topology": arguments.topology, "devices": len(target.devices)}
         out |= {"versions": versions, "plans": [dataclasses.asdict(plan) for plan in plans]}
-        Path(arguments.json).write_text(json.dumps(out, indent=2) + "\n")
+        write_json(Path(arguments.json), out)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from videollm_mod_jax.data.config import DataConfig
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.models import VideoLLM, VideoLLMConfig
+from videollm_mod_jax.models import VideoLLM, VideoLLMConfig, init_caches
 from videollm_mod_jax.models.flops import flops, kv_cache_bytes, training_flops
 from videollm_mod_jax.streaming import engine
 from videollm_mod_jax.training import compiled, sharding
@@ -37,8 +37,8 @@ class Plan:
       recomputed_flops: how many of `floor_flops` are that recomputation.
       seconds: of each resource at its peak (estimate); None without a chip.
       cache_bytes_per_frame: of a stream, with one text token between frames; None for training.
-      frames_until_full: estimate: frames whose caches fill the memory that the streaming step
-        leaves free; None for training.
+      frames_until_full: estimate: frames whose caches, positions included, fill the memory that the
+        streaming step leaves free; None for training.
     """
 
     name: str
@@ -176,8 +176,24 @@ def plan_streaming(
     until_full = None
     if plan.program.fits and plan.limit_bytes is not None:
         free = plan.limit_bytes - plan.program.peak_bytes - tower + caches
-        until_full = max(0, free // per_frame)
+        until_full = max(0, int(free // _cache_growth(model, data)))
     return dataclasses.replace(plan, cache_bytes_per_frame=per_frame, frames_until_full=until_full)
+
+
+def _cache_growth(model: VideoLLMConfig, data: DataConfig) -> float:
+    """Bytes that caches with room for one more frame and one more token take more.
+
+    Of the arrays that a stream allocates: with positions, and as capacities are rounded, on the
+    average of many frames.
+    """
+    many = 1024
+
+    def stored(more: int) -> int:
+        room = (data.text_tokens + more, data.frames + more)
+        caches = jax.eval_shape(lambda: init_caches(model, 1, *room, jnp.dtype(model.dtype)))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
+
+    return (stored(many) - stored(0)) / many
 
 
 def longest_stream(
