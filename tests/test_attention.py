@@ -1,13 +1,18 @@
 """Every attention kernel against plain attention in float64, forward and backward."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
+from tests import attention_devices
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import Execution, attention_splash, attention_xla
 from videollm_mod_jax.models.attention import causal_attention
@@ -93,7 +98,7 @@ def test_xla_is_attention_and_its_gradients(shape, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SPLASH_SHAPES, ids=str)
 def test_splash_is_attention_and_its_gradients(shape, dtype):
-    with pltpu.force_tpu_interpret_mode():
+    with attention_devices.interpreted():
         check(attention_splash.splash_attention, shape, dtype)
 
 
@@ -128,6 +133,34 @@ def test_padding_rows_get_and_give_no_gradient():
     for whole, part in zip(found[1:], expected[1:], strict=True):
         assert not np.any(whole[:, real:])
         np.testing.assert_allclose(whole[:, :real], part, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What `tests.attention_devices` found out."""
+    path = tmp_path_factory.mktemp("devices") / "report.json"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.attention_devices", str(path)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("mesh", attention_devices.MESHES)
+@pytest.mark.parametrize("kernels", attention_devices.KERNELS)
+def test_eight_devices_attend_as_one_does(report, kernels, mesh):
+    assert report[kernels][mesh]["error"] < 1e-5
+
+
+@pytest.mark.parametrize("kernels", attention_devices.KERNELS)
+def test_devices_with_their_own_sequences_and_heads_exchange_nothing(report, kernels):
+    assert report[kernels]["fsdp_tensor"]["collectives"] == []
 
 
 def compiled(T, backward, H=2, G=1, E=16):
