@@ -1,11 +1,16 @@
 """Attention to a cache: equal to NumPy's, at the cost of what is filled, blind to the rest."""
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from videollm_mod_jax.models import EMPTY, LayerCache, trim_caches
+from videollm_mod_jax.models import EMPTY, LayerCache, cached_attention_gpu, trim_caches
 from videollm_mod_jax.models import cached_attention as cached_attention_module
 from videollm_mod_jax.models.cached_attention import cached_attention
 
@@ -164,11 +169,67 @@ def test_padding_and_forgotten_entries_are_never_attended():
     assert_parity(q_BTHE, cache, start_B)
 
 
-def test_reverse_differentiation_is_refused():
+@pytest.mark.parametrize("programs", [1, 3, 132])
+@pytest.mark.parametrize(
+    ("starts", "T", "heads", "groups"),
+    [
+        ([0], 1, 4, 2),
+        ([63], 2, 4, 4),
+        ([0, 64, 189], 11, 8, 2),
+        ([5], 150, 4, 1),
+    ],
+)
+def test_the_gpu_kernel_is_the_same_attention(starts, T, heads, groups, programs, monkeypatch):
+    monkeypatch.setattr(cached_attention_gpu, "PROGRAMS", programs)
+    q, cache = draw(12, starts, T, heads, groups, "bfloat16", 200, 16)
+    start_B = jnp.array(starts, jnp.int32)
+    out = cached_attention_gpu.split_attention(q, *_keys_values(cache), start_B, interpret=True)
+    wanted = expected(q, cache, starts)
+    error = np.abs(np.asarray(out, np.float64) - wanted).max()
+    assert error <= TOLERANCE["bfloat16"] * np.abs(wanted).max()
+
+
+def test_the_gpu_kernel_lowers_for_cuda_and_keeps_caches_where_they_are():
+    def lowered(E):
+        q, cache = draw(13, [100], 11, 8, 2, "bfloat16", 200, E)
+        arguments = q, cache, jnp.array([100]), "gpu"
+        with jax.sharding.use_abstract_mesh(hopper):
+            trace = jax.jit(cached_attention, static_argnums=3).trace(*arguments)
+            return trace.lower(lowering_platforms=("cuda",)).as_text()
+
+    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    hopper = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=gpu)
+
+    text = lowered(16)
+    assert "__gpu$xla.gpu.triton" in text
+    assert "stablehlo.while" not in text
+    assert "-> tensor<1x2x200x16xbf16>" not in text
+    # Triton takes powers of two; other widths go by blocks.
+    assert "triton" not in lowered(24)
+
+
+def test_devices_attend_with_their_own_streams_and_heads(tmp_path):
+    report = tmp_path / "report.json"
+    subprocess.run(
+        [sys.executable, "-m", "tests.cached_attention_devices", str(report)],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        check=True,
+        timeout=300,
+    )
+    found = json.loads(report.read_text())
+    assert [found[name]["error"] for name in found] == [0, 0, 0]
+    assert found["streams"]["split"] == "P('data',)"
+    assert found["streams_heads"]["split"] == "P('data', None, 'tensor')"
+    # Where heads are too few, queries go to every device.
+    assert [found[name]["collectives"] > 0 for name in found] == [False, False, True]
+
+
+@pytest.mark.parametrize(("kernels", "message"), [("xla", "Reverse-mode"), ("gpu", "custom_part")])
+def test_reverse_differentiation_is_refused(kernels, message):
     q, cache = draw(11, [20], 2, 4, 2)
 
     def loss(q_BTHE, start_B):
-        return cached_attention(q_BTHE, cache, start_B, "xla").sum()
+        return cached_attention(q_BTHE, cache, start_B, kernels).sum()
 
-    with pytest.raises(ValueError, match="Reverse-mode differentiation"):
+    with pytest.raises((ValueError, NotImplementedError), match=message):
         jax.jit(jax.grad(loss))(q, jnp.array([20]))

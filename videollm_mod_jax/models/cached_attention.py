@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from videollm_mod_jax.models.cache import LayerCache
+from videollm_mod_jax.models.cached_attention_gpu import split_attention
 
 BLOCK = 512
 """Cache entries that are read at a time."""
@@ -39,8 +40,10 @@ def cached_attention(
       [B, T, H, E] in q's dtype; scores and softmax are float32. What padding tokens get is
       meaningless.
     """
-    del kernels
     B, T, H, E = q_BTHE.shape
+    # Triton's arrays are powers of two wide.
+    if kernels == "gpu" and E & (E - 1) == 0:
+        return split_attention(q_BTHE, cache.k_BGCE, cache.v_BGCE, start_B, interpret=False)
     G = cache.k_BGCE.shape[1]
     q_BGQTE = jnp.moveaxis(q_BTHE.reshape(B, T, G, H // G, E), 1, 3)
     end_B = start_B + T
