@@ -190,22 +190,24 @@ def test_the_gpu_kernel_is_the_same_attention(starts, T, heads, groups, programs
 
 
 def test_the_gpu_kernel_lowers_for_cuda_and_keeps_caches_where_they_are():
-    def lowered(E):
-        q, cache = draw(13, [100], 11, 8, 2, "bfloat16", 200, E)
-        arguments = q, cache, jnp.array([100]), "gpu"
-        with jax.sharding.use_abstract_mesh(hopper):
-            trace = jax.jit(cached_attention, static_argnums=3).trace(*arguments)
-            return trace.lower(lowering_platforms=("cuda",)).as_text()
-
+    q_BGME = jnp.zeros((1, 2, 44, 16), jnp.bfloat16)
+    _, cache = draw(13, [100], 11, 8, 2, "bfloat16", 200, 16)
     gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
     hopper = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=gpu)
-
-    text = lowered(16)
+    # The kernel alone: what splits it over devices asks for devices.
+    kernel = jax.jit(cached_attention_gpu._split_attention.fun, static_argnums=(4, 5))
+    arguments = (q_BGME, *_keys_values(cache), jnp.full((1, 2, 1, 1), 100), 11, False)
+    with jax.sharding.use_abstract_mesh(hopper):
+        text = kernel.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert "__gpu$xla.gpu.triton" in text
-    assert "stablehlo.while" not in text
     assert "-> tensor<1x2x200x16xbf16>" not in text
-    # Triton takes powers of two; other widths go by blocks.
-    assert "triton" not in lowered(24)
+
+
+@pytest.mark.parametrize(("E", "kernel"), [(16, True), (24, False)])
+def test_gpus_take_widths_that_are_powers_of_two_by_the_kernel_and_others_by_blocks(E, kernel):
+    q, cache = draw(14, [100], 11, 8, 2, "bfloat16", 200, E)
+    program = jax.make_jaxpr(cached_attention, static_argnums=3)(q, cache, jnp.array([100]), "gpu")
+    assert ("pallas_call" in str(program)) is kernel
 
 
 def test_devices_attend_with_their_own_streams_and_heads(tmp_path):
