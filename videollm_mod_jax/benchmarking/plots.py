@@ -1,5 +1,6 @@
 """Pictures of what the benchmarks found, drawn from their JSON."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,15 @@ def _draw(
     axes = figure.add_subplot()
     for lines, style, ending in ((measured, "o-", ""), (floors, "--", ", floor")):
         for name, points in lines.items():
-            known = [point for point in points if point[1] is not None]
-            label = NAMES[name] + ending
-            axes.plot(*zip(*known, strict=True), style, color=_COLOURS[name], label=label)
+            # None is where a line ends.
+            x, y = zip(*points, strict=True)
+            axes.plot(
+                x,
+                [math.nan if value is None else value for value in y],
+                style,
+                color=_COLOURS[name],
+                label=NAMES[name] + ending,
+            )
     axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.set_title(labels[2], fontsize="medium")
     axes.set_ylim(bottom=0)

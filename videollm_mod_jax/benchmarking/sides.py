@@ -47,7 +47,7 @@ class Side:
           update did not raise what was once in use, or it did not fit.
         """
         mine = (self._state, self._frozen, self._batch)
-        before, others = device.memory_in_use(), _bytes_per_device(mine)
+        before, others = device.memory_in_use(), bytes_per_device(mine)
         try:
             jax.block_until_ready(self.step())
         except jax.errors.JaxRuntimeError as error:
@@ -117,7 +117,7 @@ def _part(tree: Variables, like: Variables) -> Variables:
     return {key: _part(value, like[key]) for key, value in tree.items() if key in like}
 
 
-def _bytes_per_device(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> int:
     """Of arrays, on one device; an array that comes twice counts once."""
     leaves = {id(leaf): leaf for leaf in jax.tree.leaves(tree)}
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves.values())

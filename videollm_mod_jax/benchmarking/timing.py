@@ -61,8 +61,10 @@ def measure(
       By name, in the order of `variants`.
     """
     seconds = {name: [] for name in variants}
+    console = Console(stderr=True)
+    shown = {"console": console, "transient": True, "disable": not console.is_terminal}
     # Drawn between rounds only: a thread that draws would take part of a core.
-    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
+    with Progress(auto_refresh=False, **shown) as progress:
         task = progress.add_task(" and ".join(variants), total=warmup + rounds)
         for index in range(warmup + rounds):
             for name, step in variants.items():
