@@ -155,15 +155,18 @@ def test_rows_that_do_not_answer_are_left_as_they_were(model, examples):
     settings = {"eos_id": model.tokenizer.eos_id, "max_new_tokens": T, "temperature": 0.0}
     mask = np.array([True, False, True])
     keys = answers._key_data(0, 0, np.arange(3))
-    after, tokens = answers.decode(video_llm, model.variables, before, mask, keys, **settings)
-    assert (np.asarray(tokens)[1] == model.tokenizer.eos_id).all()
+    after, tokens, length = engine.generate_rows(
+        video_llm, model.variables, before, mask, keys, **settings
+    )
+    assert not np.asarray(tokens)[1].any()
+    assert int(length[1]) == 0
     np.testing.assert_array_equal(np.asarray(after.position_B)[1], position[1])
     np.testing.assert_array_equal(np.asarray(after.entries_LB)[:, 1], filled[:, 1])
     np.testing.assert_array_equal(np.asarray(after.logits_BV)[1], logits[1])
     # The others hold their answers and one eos.
     said = [int(np.argmax(row == model.tokenizer.eos_id)) + 1 for row in np.asarray(tokens)]
     grown = np.asarray(after.position_B) - position
-    assert grown.tolist() == [said[0], 0, said[2]]
+    assert grown.tolist() == length.tolist() == [said[0], 0, said[2]]
 
 
 def test_a_record_without_an_answer_is_asked_at_its_end(model, examples):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from videollm_mod_jax.models import VideoLLM, VideoLLMConfig, init_variables
     from videollm_mod_jax.models.flops import flops
     from videollm_mod_jax.streaming.session import Answer, StreamingSession
+    from videollm_mod_jax.streaming.together import narrate_together
     from videollm_mod_jax.training.checkpoint import LoadedModel, load_trained, save_model
     from videollm_mod_jax.training.checkpoint import load_model as load
 
@@ -41,6 +42,7 @@ _HOMES = {
     "init_variables": "models",
     "load": "training.checkpoint",
     "load_trained": "training.checkpoint",
+    "narrate_together": "streaming.together",
     "read_video": "data.video",
     "save_model": "training.checkpoint",
     "write_video": "data.video",
@@ -59,6 +61,7 @@ __all__ = [
     "init_variables",
     "load",
     "load_trained",
+    "narrate_together",
     "read_video",
     "save_model",
     "write_video",

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from videollm_mod_jax.data.pipeline import Examples
-from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.evaluation.placing import put_rows
 from videollm_mod_jax.evaluation.prompts import Prompt, make_prompt, padded_shape, split_reference
 from videollm_mod_jax.models import VideoLLM, trim_caches
 from videollm_mod_jax.streaming import engine
+from videollm_mod_jax.streaming.dialogues import read_answer
 from videollm_mod_jax.training.checkpoint import LoadedModel
 
 
@@ -79,77 +79,6 @@ def prefill(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "eos_id", "max_new_tokens", "temperature"),
-    donate_argnames="state",
-)
-def decode(
-    model: VideoLLM,
-    variables: dict,
-    state: engine.StreamState,
-    answers_B: jax.Array,
-    key_data_BK: jax.Array,
-    *,
-    eos_id: int,
-    max_new_tokens: int,
-    temperature: float,
-) -> tuple[engine.StreamState, jax.Array]:
-    """Answers in some rows, as `engine.generate` does in all, each with random numbers of its own.
-
-    ```
-    answers_B   True    A x y e e e        e: eos, also where nothing was said
-                False   e e e e e e        the row's state is left as it was
-                True    B e e e e e
-    ```
-
-    Args:
-      model: per-layer model (`scan=False`).
-      variables: its variables.
-      state: donated; the rows that answer have seen their prompts up to "Assistant:".
-      answers_B: bool, which rows answer.
-      key_data_BK: uint32, data of a random key per row; only read when sampling.
-      eos_id: id of the token that ends an answer.
-      max_new_tokens: T, longest answer with its eos.
-      temperature: 0 takes the most likely token; otherwise logits are divided by it.
-
-    Returns:
-      The new state, answers and their eos in its caches; tokens_BT int32.
-    """
-
-    def choose(logits_BV, index):
-        if temperature == 0:
-            return jnp.argmax(logits_BV, axis=-1)
-        keys_B = jax.vmap(jax.random.fold_in, (0, None))(
-            jax.random.wrap_key_data(key_data_BK), index
-        )
-        return jax.vmap(jax.random.categorical)(keys_B, logits_BV / temperature)
-
-    def unfinished(carry):
-        _, _, index, answers_B = carry
-        return (index < max_new_tokens) & jnp.any(answers_B)
-
-    def step(carry):
-        state, tokens_BT, index, answers_B = carry
-        token_B = choose(state.logits_BV, index)
-        token_B = jnp.where(answers_B & (index < max_new_tokens - 1), token_B, eos_id)
-        token_B = token_B.astype(jnp.int32)
-        length_B = answers_B.astype(jnp.int32)
-        state = engine.append(
-            model, variables, state, token_B[:, None], length_B, None, no_frames_B0
-        )
-        tokens_BT = tokens_BT.at[:, index].set(token_B)
-        return state, tokens_BT, index + 1, answers_B & (token_B != eos_id)
-
-    B = state.position_B.shape[0]
-    no_frames_B0 = jnp.zeros((B, 0), jnp.int32)
-    tokens_BT = jnp.full((B, max_new_tokens), eos_id, jnp.int32)
-    state, tokens_BT, _, _ = jax.lax.while_loop(
-        unfinished, step, (state, tokens_BT, jnp.int32(0), answers_B)
-    )
-    return state, tokens_BT
-
-
 @functools.partial(jax.jit, donate_argnames="state")
 def rewind(
     state: engine.StreamState, position_B: jax.Array, logits_BV: jax.Array
@@ -157,12 +86,6 @@ def rewind(
     """The state as it was at an earlier position, whose logits were these."""
     caches = trim_caches(state.caches, position_B)
     return state.replace(caches=caches, position_B=position_B, logits_BV=logits_BV)
-
-
-def read_answer(tokens_T: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The text of one row of `decode`."""
-    length = int(np.argmax(tokens_T == tokenizer.eos_id))
-    return tokenizer.decode(tokens_T[:length]).strip()
 
 
 def answer_records(
@@ -261,7 +184,7 @@ def _answer(
     logits_BV = jnp.copy(state.logits_BV)
     samples = []
     for sample in range(decoding.samples):
-        state, tokens_BT = decode(
+        state, tokens_BT, _ = engine.generate_rows(
             video_llm,
             model.variables,
             state,

@@ -8,23 +8,20 @@ Shape suffixes: B streams, F frames, N tokens per frame, W vision feature width,
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 
-import jax
 import numpy as np
 
 from videollm_mod_jax.data import dialogue
 from videollm_mod_jax.data.annotations import frame_range
 from videollm_mod_jax.data.pipeline import Examples
-from videollm_mod_jax.evaluation.answers import decode, read_answer
 from videollm_mod_jax.evaluation.placing import put_rows
 from videollm_mod_jax.evaluation.prompts import frame_bucket, make_prompt
 from videollm_mod_jax.evaluation.script import Question, Script, script_of
 from videollm_mod_jax.evaluation.timing import Narration
 from videollm_mod_jax.models import VideoLLM
 from videollm_mod_jax.streaming import engine
-from videollm_mod_jax.streaming.triggers import breaks_silence
+from videollm_mod_jax.streaming.dialogues import Dialogues
 from videollm_mod_jax.training.checkpoint import LoadedModel
 
 ROOM = 4
@@ -83,18 +80,12 @@ def watch_records(
 
 @dataclasses.dataclass
 class _Stream:
-    """One row: what it will be shown, and where it is.
-
-    `used` counts the text tokens in its caches; `is_open`: a frame came last.
-    """
+    """One row: what it will be shown, and what was said."""
 
     index: int
     script: Script
     times_F: np.ndarray
     capacity: int
-    opening: str
-    used: int = 0
-    is_open: bool = False
     full_at: float | None = None
     narrations: list[Narration] = dataclasses.field(default_factory=list)
     answers: list[tuple[str, str, str | None]] = dataclasses.field(default_factory=list)
@@ -115,7 +106,6 @@ def _grouped(
 ) -> Iterator[list[_Stream]]:
     """Streams of one padded shape, `batch_size` at a time, and at the end those left over."""
     waiting: dict[tuple[int, int], list[_Stream]] = {}
-    opening = dialogue.opening(examples.system, examples.tokenizer.bos)
     for index in indices:
         record, conversation = examples.records[index], examples.conversation(index)
         script = script_of(conversation)
@@ -125,15 +115,10 @@ def _grouped(
         times_F = np.array(frame_range(record, examples.features.meta.fps))
         times_F = times_F[: script.frames] / examples.features.meta.fps
         group = waiting.setdefault((frame_bucket(script.frames), capacity), [])
-        group.append(_Stream(index, script, times_F, capacity, opening))
+        group.append(_Stream(index, script, times_F, capacity))
         if len(group) == batch_size:
             yield waiting.pop((frame_bucket(script.frames), capacity))
     yield from waiting.values()
-
-
-_append = functools.partial(jax.jit, static_argnames="model", donate_argnames="state")(
-    engine.append
-)
 
 
 class _Batch:
@@ -148,28 +133,32 @@ class _Batch:
         max_new_tokens: int,
         silence_threshold: float | None,
     ):
-        self._model, self._video_llm = model, VideoLLM(model.config)
         self._streams, self._size = streams, batch_size
-        self._max_new_tokens, self._threshold = max_new_tokens, silence_threshold
         self._features = [
             examples.frames(examples.records[stream.index])[: stream.script.frames]
             for stream in streams
         ]
-        self._answer_prompt = self._encode(dialogue.ANSWER_PROMPT)
+        opening = dialogue.opening(examples.system, model.tokenizer.bos)
         longest = max(
-            len(self._encode(stream.opening + dialogue.question_prompt(question.text, True)))
+            len(model.tokenizer.encode(opening + dialogue.question_prompt(question.text, True)).ids)
             for stream in streams
             for question in (*stream.script.questions, Question(0, "?", None))
         )
         # Behind the text that a stream may use lies room for the padding of the longest chunk.
         state = engine.start(
-            self._video_llm,
+            VideoLLM(model.config),
             batch_size,
             streams[0].capacity + engine.bucket(longest),
             frame_bucket(max(stream.script.frames for stream in streams)),
             seed=0,
         )
-        self._state = put_rows(state, batch_size, model.variables)
+        self._dialogues = Dialogues(
+            model,
+            put_rows(state, batch_size, model.variables),
+            system=examples.system,
+            max_new_tokens=max_new_tokens,
+            silence_threshold=silence_threshold,
+        )
 
     def watch(self) -> Sequence[_Stream]:
         frames = max(stream.script.frames for stream in self._streams)
@@ -190,104 +179,40 @@ class _Batch:
             rows = {
                 b: questions[turn] for b, questions in enumerate(asked) if turn < len(questions)
             }
-            prompts = {}
-            for b, question in rows.items():
-                stream = self._streams[b]
-                text = stream.opening + dialogue.question_prompt(question.text, stream.is_open)
-                prompts[b] = self._encode(text)
+            prompts = {b: self._dialogues.question(b, asks.text) for b, asks in rows.items()}
             for b, said in self._answer(prompts, frame, padded=True).items():
                 self._streams[b].answers.append((rows[b].text, said, rows[b].reference))
 
     def _show(self, frame: int) -> list[int]:
         """Shows a frame to the streams that have it; the rows that then speak."""
-        prefixes = {}
-        for b, stream in enumerate(self._streams):
-            if frame < stream.script.frames:
-                text = dialogue.INTERVAL
-                if not stream.is_open:
-                    text = stream.opening + dialogue.STREAM_OPEN
-                prefixes[b] = self._encode(text)
-        prefixes = self._with_room(prefixes, frame)
-        if not prefixes:
+        watching = [b for b, stream in enumerate(self._streams) if frame < stream.script.frames]
+        prefixes = {b: self._dialogues.frame_prefix(b) for b in watching}
+        rows = list(self._with_room(prefixes, frame))
+        if not rows:
             return []
-        N, W = self._features[0].shape[1:]
-        tokens = self._model.config.tokens_per_frame
-        longest = max(map(len, prefixes.values()))
-        tokens_BS = np.zeros((self._size, longest + tokens), np.int32)
-        features_B1NW = np.zeros((self._size, 1, N, W), np.float32)
-        starts_B1, length_B = np.zeros((self._size, 1), np.int32), np.zeros(self._size, np.int32)
-        for b, prefix in prefixes.items():
-            tokens_BS[b, : len(prefix)] = prefix
-            features_B1NW[b, 0] = self._features[b][frame]
-            starts_B1[b], length_B[b] = len(prefix), len(prefix) + tokens
-            stream = self._streams[b]
-            stream.used += len(prefix)
-            stream.opening, stream.is_open = "", True
-        self._state = _append(
-            self._video_llm,
-            self._model.variables,
-            self._state,
-            tokens_BS,
-            length_B,
-            features_B1NW,
-            starts_B1,
-        )
-        interval = self._model.tokenizer.interval_id
-        breaks_B = np.asarray(breaks_silence(self._state.logits_BV, interval, self._threshold))
-        return [b for b in prefixes if breaks_B[b]]
+        features_BNW = np.zeros((self._size, *self._features[0].shape[1:]), np.float32)
+        for b in rows:
+            features_BNW[b] = self._features[b][frame]
+        return self._dialogues.show(rows, features_BNW)
 
     def _speak(self, rows: Sequence[int], frame: int) -> None:
-        prompts = dict.fromkeys(rows, self._answer_prompt)
+        prompts = dict.fromkeys(rows, self._dialogues.answer_prompt)
         for b, said in self._answer(prompts, frame, padded=False).items():
             stream = self._streams[b]
             stream.narrations.append(Narration(float(stream.times_F[frame]), said))
 
     def _answer(self, prompts: dict[int, list[int]], frame: int, *, padded: bool) -> dict[int, str]:
-        """Appends prompts and what the model answers, in the rows that have room for it."""
+        """What the model answers to prompts, in the rows that have room for it."""
         prompts = self._with_room(prompts, frame)
-        if not prompts:
-            return {}
-        longest = max(map(len, prompts.values()))
-        width = engine.bucket(longest) if padded else longest
-        tokens_BT, length_B = (
-            np.zeros((self._size, width), np.int32),
-            np.zeros(self._size, np.int32),
-        )
-        for b, ids in prompts.items():
-            tokens_BT[b, : len(ids)], length_B[b] = ids, len(ids)
-        model, eos_id = self._model, self._model.tokenizer.eos_id
-        state = engine.append_text(
-            self._video_llm, model.variables, self._state, tokens_BT, length_B
-        )
-        self._state, answers_BT = decode(
-            self._video_llm,
-            model.variables,
-            state,
-            length_B > 0,
-            np.zeros((self._size, 2), np.uint32),
-            eos_id=eos_id,
-            max_new_tokens=self._max_new_tokens,
-            temperature=0.0,
-        )
-        answers_BT, said = np.asarray(answers_BT), {}
-        for b, ids in prompts.items():
-            stream = self._streams[b]
-            stream.used += len(ids) + int(np.argmax(answers_BT[b] == eos_id)) + 1
-            stream.opening, stream.is_open = "", False
-            said[b] = read_answer(answers_BT[b], model.tokenizer)
-        return said
+        return self._dialogues.answer(prompts, padded=padded) if prompts else {}
 
     def _with_room(self, chunks: dict[int, list[int]], frame: int) -> dict[int, list[int]]:
         """Of rows that are to be given text, those that may still be answered behind it."""
         fitting = {}
         for b, ids in chunks.items():
             stream = self._streams[b]
-            needed = stream.used + len(ids) + len(self._answer_prompt) + self._max_new_tokens
-            if stream.full_at is None and needed > stream.capacity:
+            if stream.full_at is None and self._dialogues.needs(b, ids) > stream.capacity:
                 stream.full_at = float(stream.times_F[min(frame, len(stream.times_F) - 1)])
             if stream.full_at is None:
                 fitting[b] = ids
         return fitting
-
-    def _encode(self, text: str) -> list[int]:
-        return self._model.tokenizer.encode(text).ids.tolist()

@@ -188,11 +188,45 @@ def append_frame(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "eos_id", "max_new_tokens", "temperature"),
-    donate_argnames="state",
-)
+def _generate(
+    model, variables, state, answers_B, key_data_BK, *, eos_id, max_new_tokens, temperature
+):
+    def choose(logits_BV, index):
+        if temperature == 0:
+            return jnp.argmax(logits_BV, axis=-1)
+        keys_B = jax.vmap(jax.random.fold_in, (0, None))(
+            jax.random.wrap_key_data(key_data_BK), index
+        )
+        return jax.vmap(jax.random.categorical)(keys_B, logits_BV / temperature)
+
+    def unfinished(carry):
+        _, _, _, index, answers_B = carry
+        return (index < max_new_tokens) & jnp.any(answers_B)
+
+    def step(carry):
+        state, tokens_BT, length_B, index, answers_B = carry
+        grows_B = answers_B.astype(jnp.int32)
+        token_B = jnp.where(index == max_new_tokens - 1, eos_id, choose(state.logits_BV, index))
+        token_B = token_B.astype(jnp.int32) * grows_B
+        tokens_BT = tokens_BT.at[:, index].set(token_B)
+        state = _append_text(model, variables, state, token_B[:, None], grows_B)
+        return state, tokens_BT, length_B + grows_B, index + 1, answers_B & (token_B != eos_id)
+
+    B = answers_B.shape[0]
+    tokens_BT, length_B = jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros((B,), jnp.int32)
+    state, tokens_BT, length_B, _, _ = jax.lax.while_loop(
+        unfinished, step, (state, tokens_BT, length_B, jnp.int32(0), answers_B)
+    )
+    return state, tokens_BT, length_B
+
+
+_GENERATION = {
+    "static_argnames": ("model", "eos_id", "max_new_tokens", "temperature"),
+    "donate_argnames": "state",
+}
+
+
+@functools.partial(jax.jit, **_GENERATION)
 def generate(
     model: VideoLLM,
     variables: dict,
@@ -202,15 +236,55 @@ def generate(
     max_new_tokens: int,
     temperature: float,
 ) -> tuple[StreamState, jax.Array, jax.Array]:
-    """Answers: one compiled loop that samples from the last logits and appends, until eos.
+    """Answers in all streams, with random numbers from the key of the state.
 
-    The answer's tokens and its eos end up in the caches, so that the history reads as a training
-    example does. An answer of `max_new_tokens - 1` tokens is closed with eos for the same reason.
+    Arguments and results are those of `generate_rows`.
+    """
+    B = state.position_B.shape[0]
+    keys = jax.random.split(jax.random.wrap_key_data(state.key_data), B + 1)
+    return _generate(
+        model,
+        variables,
+        state.replace(key_data=jax.random.key_data(keys[0])),
+        jnp.ones((B,), bool),
+        jax.random.key_data(keys[1:]),
+        eos_id=eos_id,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
+
+
+@functools.partial(jax.jit, **_GENERATION)
+def generate_rows(
+    model: VideoLLM,
+    variables: dict,
+    state: StreamState,
+    answers_B: jax.Array,
+    key_data_BK: jax.Array | None,
+    *,
+    eos_id: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> tuple[StreamState, jax.Array, jax.Array]:
+    """Answers: one compiled loop that chooses from the last logits and appends, until eos.
+
+    The tokens of an answer and its eos end up in the caches, so that the history reads as a
+    training example does. An answer of `max_new_tokens - 1` tokens is closed with eos for the same
+    reason.
+
+    ```
+    answers_B   True    A x y e 0 0 0 0    length 4      e: eos
+                False   0 0 0 0 0 0 0 0    length 0      the stream is left as it was
+                True    B e 0 0 0 0 0 0    length 2
+    ```
 
     Args:
       model: per-layer model (`scan=False`).
       variables: its variables.
-      state: donated; it has seen the prompt up to "Assistant:".
+      state: donated; the streams that answer have seen their prompts up to "Assistant:".
+      answers_B: bool, which streams answer.
+      key_data_BK: uint32, data of a random key per stream, so that what is drawn in one does not
+        depend on the others; None if temperature is 0.
       eos_id: id of the token that ends an answer.
       max_new_tokens: T, longest answer with its eos.
       temperature: 0 takes the most likely token; otherwise logits are divided by it.
@@ -218,35 +292,13 @@ def generate(
     Returns:
       The new state; tokens_BT int32, eos included and 0 behind it; length_B int32, eos included.
     """
-    B = state.position_B.shape[0]
-
-    def unfinished(carry):
-        is_done_B = carry[-1]
-        return ~jnp.all(is_done_B)
-
-    def step(carry):
-        state, tokens_BT, length_B, is_done_B = carry
-        index = jnp.max(length_B)
-        if temperature > 0:
-            key, subkey = jax.random.split(jax.random.wrap_key_data(state.key_data))
-            state = state.replace(key_data=jax.random.key_data(key))
-            token_B = jax.random.categorical(subkey, state.logits_BV / temperature)
-        else:
-            token_B = jnp.argmax(state.logits_BV, axis=-1)
-        token_B = jnp.where(index == max_new_tokens - 1, eos_id, token_B).astype(jnp.int32)
-        grows_B = (~is_done_B).astype(jnp.int32)
-        tokens_BT = tokens_BT.at[:, index].set(token_B * grows_B)
-        state = _append_text(model, variables, state, token_B[:, None], grows_B)
-        return state, tokens_BT, length_B + grows_B, is_done_B | (token_B == eos_id)
-
-    state, tokens_BT, length_B, _ = jax.lax.while_loop(
-        unfinished,
-        step,
-        (
-            state,
-            jnp.zeros((B, max_new_tokens), jnp.int32),
-            jnp.zeros((B,), jnp.int32),
-            jnp.zeros((B,), bool),
-        ),
+    return _generate(
+        model,
+        variables,
+        state,
+        answers_B,
+        key_data_BK,
+        eos_id=eos_id,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
     )
-    return state, tokens_BT, length_B
