@@ -72,9 +72,11 @@ def get_config() -> ml_collections.ConfigDict:
         "microbatches": 1,
         "scan": False,
         "remat": False,
-        # Attention by the best kernels of the platform; the MLP on all rows at once.
+        # Attention by the best kernels of the platform; MLP and loss not in parts (0), since they
+        # are small.
         "kernels": "auto",
         "mlp_rows": 0,
+        "vocab_chunk": 0,
         "sharding": "replicate",
         "mesh": (-1, 1, 1),
         "log_every": 10,
@@ -91,6 +93,7 @@ def get_config() -> ml_collections.ConfigDict:
             "epsilon": 1e-8,
             "weight_decay": 0.05,
             "clip_norm": 1.0,
+            "moment_dtype": "float32",
         },
     }
 

@@ -106,9 +106,11 @@ def get_config(argument: str = "v5e-16") -> ml_collections.ConfigDict:
         "microbatches": MICROBATCHES[hardware],
         "scan": True,
         "remat": True,
-        # Attention by the best kernels of the platform; the MLP on all rows at once.
+        # Attention by the best kernels of the platform; MLP and loss in parts, so that the largest
+        # arrays of a step are never whole in memory.
         "kernels": "auto",
-        "mlp_rows": 0,
+        "mlp_rows": 2048,
+        "vocab_chunk": 16_384,
         "sharding": "fsdp",
         "mesh": (1, -1, 1),
         "log_every": 10,
@@ -125,6 +127,7 @@ def get_config(argument: str = "v5e-16") -> ml_collections.ConfigDict:
             "epsilon": 1e-8,
             "weight_decay": 0.0,
             "clip_norm": 1.0,
+            "moment_dtype": "float32",
         },
     }
 

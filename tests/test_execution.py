@@ -6,11 +6,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from tests import tiny
+from tests import tiny, tiny_training
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import Execution, LoraConfig, VideoLLM, init_variables
+from videollm_mod_jax.training import compiled, hlo, sharding
+from videollm_mod_jax.training.optimizer import learning_rate_schedule, split_variables
+from videollm_mod_jax.training.run import Run
+from videollm_mod_jax.training.state import create_state
+from videollm_mod_jax.training.step import make_train_step
 
 LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.0, targets=("q", "v", "gate", "down", "lm_head"))
 BATCH = tiny.batch(1, text=7, frames=3)
@@ -74,6 +80,89 @@ def test_dropout_in_chunks_draws_for_every_chunk_and_layer():
     )
 
 
-def test_negative_chunks_are_refused():
-    with pytest.raises(UserError, match="mlp_rows is -1; expected 0 or more"):
-        Execution(mlp_rows=-1)
+def gradient_and_metrics(trainable, tied, **execution):
+    """Of one training step: the gradient of every trained variable, and the sums."""
+    config = tiny_training.model_config(2 if trainable == "lora" else 0)
+    config = dataclasses.replace(
+        config,
+        decoder=dataclasses.replace(config.decoder, tie_embeddings=tied, num_layers=2),
+        # Rows in chunks draw another dropout.
+        lora=dataclasses.replace(config.lora, dropout=0.0),
+    )
+    model = VideoLLM(config, Execution(scan=True, remat=True, **execution))
+    descent = optax.sgd(1.0, momentum=0.9)
+    schedule = learning_rate_schedule(tiny_training.OPTIMIZER, 10)
+    step = make_train_step(model, descent, schedule, stream_weight=0.7, microbatches=1)
+    variables = tiny.spread(tiny_training.variables(config, scan=True))
+    trained, frozen = split_variables(variables, trainable)
+    state = create_state(trained, descent, seed=0)
+    state, sums = jax.jit(step)(state, frozen, tiny_training.batch(0))
+    return state.opt_state[0].trace, sums
+
+
+@pytest.mark.parametrize(("trainable", "tied"), [("lora", False), ("full", True)])
+def test_a_step_in_chunks_has_the_gradient_and_metrics_of_one_without(trainable, tied):
+    expected = gradient_and_metrics(trainable, tied)
+    assert tiny_training.TOKENIZER.vocab_size == 297, "128 leave a shorter last chunk, 99 divide"
+    for chunks in ({"vocab_chunk": 128, "mlp_rows": 20}, {"vocab_chunk": 99}):
+        assert_same(gradient_and_metrics(trainable, tied, **chunks), expected)
+
+
+WIDE = dataclasses.replace(
+    tiny_training.model_config(),
+    decoder=dataclasses.replace(
+        tiny.DECODER, hidden_size=32, mlp_size=1024, vocab_size=4096, num_layers=2
+    ),
+    lora=LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("q", "gate", "up", "down", "lm_head")),
+)
+
+
+@functools.cache
+def program(remat, trainable="lora", **chunks):
+    """(floating point operations, temporary bytes) of a compiled step."""
+    training = tiny_training.training_config(
+        trainable=trainable, microbatches=1, remat=remat, **chunks
+    )
+    run = Run.build(training, WIDE, sharding.make_layout("replicate", (-1, 1, 1)))
+    # 128 + 5 * 64 rows of the dense layer and 128 + 2 * 64 of the routed one; both are whole chunks
+    # of 64.
+    batch = compiled.abstract_batch(WIDE, 1, frames=64, text_tokens=128, labels=1024)
+    step = run.lower(batch).compile()
+    cost = hlo.cost(step.as_text())
+    assert cost.unknown_loops == 0
+    return cost.flops, step.memory_analysis().temp_size_in_bytes
+
+
+def test_rows_in_chunks_save_memory_and_cost_nothing_where_blocks_are_recomputed():
+    flops, temp = program(remat=True)
+    flops_in_chunks, temp_in_chunks = program(remat=True, mlp_rows=64)
+    assert flops_in_chunks == pytest.approx(flops, rel=0.01)
+    # Of [448, 1024] floats, gate, up and their product alone are 5.5 MB.
+    assert temp_in_chunks < temp - 4e6
+
+
+def test_rows_in_chunks_recompute_gate_and_up_where_blocks_are_not():
+    flops, temp = program(remat=False)
+    flops_in_chunks, temp_in_chunks = program(remat=False, mlp_rows=64)
+    rows, width, mlp_size, rank = 448 + 256, 32, 1024, 2
+    # And what the gradient of down's B is made of.
+    again = 2 * rows * (2 * (width * mlp_size + rank * (width + mlp_size)) + mlp_size * rank)
+    assert flops_in_chunks - flops == pytest.approx(again, rel=0.02)
+    assert temp_in_chunks < temp - 4e6
+
+
+def test_a_vocabulary_in_chunks_saves_memory_and_costs_one_more_head():
+    flops, temp = program(remat=True)
+    flops_in_chunks, temp_in_chunks = program(remat=True, vocab_chunk=512)
+    labels, width, vocab, rank = 1024, 32, 4096, 2
+    # The head with its adapter's b once more, and no gradient of its frozen kernel.
+    again = 2 * labels * (width + rank) * vocab
+    assert flops_in_chunks - flops == pytest.approx(again, rel=0.02)
+    # [1024, 4096] float32 logits are 16.8 MB.
+    assert temp_in_chunks < temp - 16e6
+
+
+@pytest.mark.parametrize("field", ["mlp_rows", "vocab_chunk"])
+def test_negative_chunks_are_refused(field):
+    with pytest.raises(UserError, match=f"{field} is -1; expected 0 or more"):
+        Execution(**{field: -1})

@@ -10,7 +10,7 @@ import pytest
 from tests import tiny_training
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import Execution, VideoLLM
-from videollm_mod_jax.training.losses import streaming_loss
+from videollm_mod_jax.training.losses import judge_logits, streaming_loss
 from videollm_mod_jax.training.metrics import means
 from videollm_mod_jax.training.optimizer import (
     decays,
@@ -174,7 +174,8 @@ def test_dropout_differs_between_steps_and_microbatches_and_repeats():
     model = VideoLLM(tiny_training.model_config(2), Execution(scan=True))
     inputs = (batch[k] for k in ("tokens", "features", "frame_starts", "label_positions"))
     logits_BJV = jax.jit(model.apply)(variables, *inputs).logits_BJV
-    without = streaming_loss(logits_BJV, batch["labels"], batch["label_kinds"], 0.7)
+    judged = judge_logits(logits_BJV, batch["labels"])
+    without = streaming_loss(judged, batch["labels"], batch["label_kinds"], 0.7)
     assert abs(means(without)["loss"] - first) > 1e-4
 
 

@@ -45,6 +45,7 @@ OPTIMIZER = OptimizerConfig(
     epsilon=1e-8,
     weight_decay=0.1,
     clip_norm=1.0,
+    moment_dtype="float32",
 )
 
 
@@ -67,6 +68,7 @@ def training_config(**changes) -> loop.TrainingConfig:
         "remat": True,
         "kernels": "auto",
         "mlp_rows": 0,
+        "vocab_chunk": 0,
         "sharding": "replicate",
         "mesh": (-1, 1, 1),
         "log_every": 1,

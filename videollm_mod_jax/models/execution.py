@@ -30,17 +30,25 @@ class Execution:
       kernels: what computes attention: `gpu`: cuDNN's flash attention; `tpu`: Splash; `xla`: blocks
         in plain XLA, on every platform; `auto`: the first of them that can serve. See
         `choose_kernels`.
-      mlp_rows: rows of a sequence that an MLP computes at a time; 0 takes all of them.
+      mlp_rows: most rows of a sequence that an MLP computes at a time; 0 takes all of them. Each
+        chunk is recomputed in the backward pass, with `remat` (then nothing else of the MLP is) and
+        without.
+      vocab_chunk: logits of a position that the loss has in memory at a time; 0 takes all of them.
+        The head is computed once more in the backward pass. For a head that is not split over the
+        vocabulary: one that is (tensor parallelism) has a part of the logits per device as it is.
     """
 
     scan: bool = False
     remat: bool = False
     kernels: str = "auto"
     mlp_rows: int = 0
+    vocab_chunk: int = 0
 
     def __post_init__(self):
         require_choice("kernels", self.kernels, KERNELS)
-        require(self.mlp_rows >= 0, f"mlp_rows is {self.mlp_rows}; expected 0 or more")
+        for field in ("mlp_rows", "vocab_chunk"):
+            size = getattr(self, field)
+            require(size >= 0, f"{field} is {size}; expected 0 or more")
 
 
 def current_platform() -> str:

@@ -1,9 +1,12 @@
 """The MLP of a block as a function, over all rows of a sequence or some at a time."""
 
 import functools
+import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from videollm_mod_jax.models.layers import LinearWeights
 
@@ -49,9 +52,10 @@ def in_row_chunks(
     T = 7, rows = 5        0 1 2 3 | 4 5 6 .        . is padding, dropped behind
     ```
 
-    Every chunk is recomputed in the backward pass, whatever else is: gate and up once more, which
-    is what rematerialising the block around it would do, and does not do again. Each chunk draws
-    its dropout by itself, so the draw is another than without chunks.
+    Every chunk is recomputed in the backward pass, whatever else is: gate and up once more, and
+    down's adapter up to its rank, which is what rematerialising the block around it would do, and
+    does not do again. Every chunk of every device draws its dropout by itself, so the draw is
+    another than without chunks.
 
     Args:
       x_BTD, weight_BT, weights, dropout_keys: as for `swiglu`.
@@ -61,9 +65,36 @@ def in_row_chunks(
     Returns:
       [B, T, D].
     """
-    B, T, D = x_BTD.shape
-    if rows == 0 or rows >= T:
+    if rows == 0 or rows >= x_BTD.shape[1]:
         return swiglu(x_BTD, weight_BT, weights, dropout_keys)
+    (batch,) = nn.logical_to_mesh_axes(("batch",)) or (None,)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or batch is None or x_BTD.shape[0] % math.prod(mesh.shape[a] for a in batch):
+        return _in_row_chunks(x_BTD, weight_BT, weights, dropout_keys, rows)
+
+    # Each device loops over its own sequences with weights gathered before the loop, and sums its
+    # gradients with those of the others behind it. The partitioner would sum them in every chunk.
+    def local(x_BTD, weight_BT, shared):
+        shared = jax.lax.pcast(shared, batch, to="varying")
+        weights, dropout_keys = shared
+        index = jax.lax.axis_index(batch)
+        dropout_keys = jax.tree.map(lambda key: jax.random.fold_in(key, index), dropout_keys)
+        return _in_row_chunks(x_BTD, weight_BT, weights, dropout_keys, rows)
+
+    split, whole = PartitionSpec(batch), PartitionSpec()
+    return jax.shard_map(
+        local, in_specs=(split, split, whole), out_specs=split, axis_names=set(batch)
+    )(x_BTD, weight_BT, (weights, dropout_keys))
+
+
+def _in_row_chunks(
+    x_BTD: jax.Array,
+    weight_BT: jax.Array | None,
+    weights: Weights,
+    dropout_keys: Keys,
+    rows: int,
+) -> jax.Array:
+    B, T, D = x_BTD.shape
     chunks = -(-T // rows)
     rows = -(-T // chunks)
 

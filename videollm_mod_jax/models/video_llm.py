@@ -14,7 +14,7 @@ from videollm_mod_jax.models.config import VideoLLMConfig
 from videollm_mod_jax.models.connector import Connector
 from videollm_mod_jax.models.decoder import Decoder, Kept
 from videollm_mod_jax.models.execution import Execution
-from videollm_mod_jax.models.layers import Linear
+from videollm_mod_jax.models.layers import Linear, LinearWeights
 from videollm_mod_jax.models.vision import VisionTower, interpolation_matrix, pool_patches
 
 
@@ -152,15 +152,51 @@ class VideoLLM(nn.Module):
         caches: Caches | None = None,
     ) -> Output:
         """Everything behind `embed`; arguments as in `__call__`."""
+        judged_BJD, caches, kept = self._judged(
+            x_BSD, frame_starts_BF, logit_positions_BJ, position_BS, caches
+        )
+        logits_BJV = self.lm_head(judged_BJD, self._tied_kernel())
+        return Output(logits_BJV=logits_BJV, caches=caches, kept=kept)
+
+    def before_logits(
+        self,
+        tokens_BS: jax.Array,
+        features_BFNW: jax.Array | None,
+        frame_starts_BF: jax.Array,
+        logit_positions_BJ: jax.Array,
+    ) -> tuple[jax.Array, jax.Array | None, LinearWeights]:
+        """`__call__` up to the output head, for a loss that never has all logits.
+
+        Arguments as in `__call__`.
+
+        Returns:
+          hidden_BJD, low_rank_BJR of the head's adapter (None without one), and the head's weights:
+          `weights.from_rank(hidden_BJD, low_rank_BJR)` are the logits.
+        """
+        x_BSD = self.embed(tokens_BS, features_BFNW, frame_starts_BF)
+        hidden_BJD, _, _ = self._judged(x_BSD, frame_starts_BF, logit_positions_BJ, None, None)
+        head = self.lm_head.weights(hidden_BJD.shape[-1], self._tied_kernel())
+        return hidden_BJD, head.to_rank(hidden_BJD, self.lm_head.dropout_key()), head
+
+    def _judged(
+        self,
+        x_BSD: jax.Array,
+        frame_starts_BF: jax.Array,
+        logit_positions_BJ: jax.Array,
+        position_BS: jax.Array | None,
+        caches: Caches | None,
+    ) -> tuple[jax.Array, Caches | None, Kept]:
+        """Hidden states at the judged positions, the caches, and the kept offsets."""
         if position_BS is None:
             position_BS = jnp.broadcast_to(
                 jnp.arange(x_BSD.shape[1], dtype=jnp.int32), x_BSD.shape[:2]
             )
         hidden_BSD, caches, kept = self.decoder(x_BSD, position_BS, frame_starts_BF, caches)
         judged_BJD = jnp.take_along_axis(hidden_BSD, logit_positions_BJ[:, :, None], axis=1)
-        tied = self.config.decoder.tie_embeddings
-        logits_BJV = self.lm_head(judged_BJD, self.embedding_VD.T if tied else None)
-        return Output(logits_BJV=logits_BJV, caches=caches, kept=kept)
+        return judged_BJD, caches, kept
+
+    def _tied_kernel(self) -> jax.Array | None:
+        return self.embedding_VD.T if self.config.decoder.tie_embeddings else None
 
     def encode(self, images_BCCA: jax.Array) -> jax.Array:
         """Frames to frame tokens.

@@ -26,6 +26,7 @@ MAY_CHANGE = (
             "remat",
             "kernels",
             "mlp_rows",
+            "vocab_chunk",
             "sharding",
             "mesh",
             "log_every",

@@ -12,6 +12,7 @@ from videollm_mod_jax.errors import UserError
 Variables = Mapping[str, Any]
 
 TRAINABLE = ("lora", "full")
+MOMENT_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,9 @@ class OptimizerConfig:
       beta1, beta2, epsilon: of Adam.
       weight_decay: decoupled; acts on matrices only, never on biases and norm scales.
       clip_norm: largest global norm of the gradient; larger ones are scaled down to it.
+      moment_dtype: of the stored first moment, `float32` or `bfloat16`. The second stays float32:
+        bfloat16 has 8 bits of precision, and a beta2 of 0.999 changes the second moment by less
+        than that an update, so that it would never move towards a smaller gradient.
     """
 
     learning_rate: float
@@ -33,6 +37,7 @@ class OptimizerConfig:
     epsilon: float
     weight_decay: float
     clip_norm: float
+    moment_dtype: str
 
     def __post_init__(self):
         if not 0 <= self.warmup_fraction < 1:
@@ -42,6 +47,11 @@ class OptimizerConfig:
         for field in ("learning_rate", "epsilon", "clip_norm"):
             if getattr(self, field) <= 0:
                 raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be positive")
+        if self.moment_dtype not in MOMENT_DTYPES:
+            raise UserError(
+                f"optimizer.moment_dtype is {self.moment_dtype!r}; choose one of "
+                f"{', '.join(MOMENT_DTYPES)}"
+            )
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -67,6 +77,7 @@ def make_optimizer(
             eps=config.epsilon,
             weight_decay=config.weight_decay,
             mask=decays,
+            mu_dtype=config.moment_dtype,
         ),
     )
 

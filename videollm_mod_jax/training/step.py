@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from videollm_mod_jax.models import VideoLLM
-from videollm_mod_jax.training.losses import Sums, streaming_loss
+from videollm_mod_jax.training.losses import Sums, judge_in_chunks, streaming_loss
 from videollm_mod_jax.training.optimizer import Variables, merge_variables
 from videollm_mod_jax.training.state import TrainState
 
@@ -121,15 +121,19 @@ def _batch_loss(
     stream_weight: float,
     rngs: Mapping[str, jax.Array],
 ) -> Sums:
-    output = model.apply(
+    hidden_BJD, low_rank_BJR, head = model.apply(
         variables,
         batch["tokens"],
         batch["features"],
         batch["frame_starts"],
         batch["label_positions"],
         rngs=rngs,
+        method="before_logits",
     )
-    return streaming_loss(output.logits_BJV, batch["labels"], batch["label_kinds"], stream_weight)
+    judged = judge_in_chunks(
+        hidden_BJD, low_rank_BJR, head, batch["labels"], model.execution.vocab_chunk
+    )
+    return streaming_loss(judged, batch["labels"], batch["label_kinds"], stream_weight)
 
 
 def split_batch(batch: Batch, microbatches: int) -> Batch:
