@@ -1,5 +1,6 @@
 """The update: accumulation, what is trained, what is not."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from tests import tiny_training
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import Execution, VideoLLM
+from videollm_mod_jax.training import sharding
+from videollm_mod_jax.training.checkpoint import Checkpointer
 from videollm_mod_jax.training.losses import judge_logits, streaming_loss
 from videollm_mod_jax.training.metrics import means
 from videollm_mod_jax.training.optimizer import (
@@ -146,6 +149,31 @@ def test_lora_training_needs_adapters():
         split_variables(variables, "lora")
     with pytest.raises(UserError, match="choose one of lora, full"):
         split_variables(variables, "half")
+
+
+def test_a_bfloat16_first_moment_is_stored_and_resumed_bitwise(tmp_path):
+    config = dataclasses.replace(tiny_training.OPTIMIZER, moment_dtype="bfloat16")
+    optimizer = make_optimizer(config, SCHEDULE)
+    model = VideoLLM(tiny_training.model_config(2), Execution(scan=True, remat=True))
+    _, whole, frozen, _ = run("lora", 2, 1, optimizer, steps=1)
+    moments = {name: optax.tree_utils.tree_get(whole.opt_state, name) for name in ("mu", "nu")}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(moments["mu"])} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(moments["nu"])} == {"float32"}
+
+    layout = sharding.make_layout("replicate", (-1, 1, 1))
+    target, _ = sharding.abstract_training(model, optimizer, "lora", layout)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, whole)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        resumed = checkpointer.restore(1, target)
+    step = train_step(2, 1, optimizer)
+    after, after_resumed = (step(s, frozen, tiny_training.batch(1))[0] for s in (whole, resumed))
+    jax.tree.map(np.testing.assert_array_equal, after_resumed, after)
+
+
+def test_an_unknown_moment_dtype_is_refused():
+    with pytest.raises(UserError, match="moment_dtype is 'float16'; choose one of float32, bfloat"):
+        dataclasses.replace(tiny_training.OPTIMIZER, moment_dtype="float16")
 
 
 def test_weight_decay_spares_biases_and_stacked_norm_scales():
