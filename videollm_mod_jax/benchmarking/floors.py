@@ -5,6 +5,7 @@ bandwidth.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -196,9 +197,14 @@ def _linear_work(rows: int, *, base: int, adapters: int, trainable: str) -> tupl
 
 def _bytes_without(config: VideoLLMConfig, unread: set[str]) -> int:
     """Bytes of all variables but those below one of these names."""
+    return sum(size for names, size in _sizes(config) if not unread & names)
+
+
+@functools.cache
+def _sizes(config: VideoLLMConfig) -> tuple[tuple[frozenset[str], int], ...]:
+    """Of every variable the names on its path, and its bytes. Tracing a large model takes long."""
     variables = jax.eval_shape(lambda: init_variables(VideoLLM(config), jax.random.key(0)))
-    return sum(
-        leaf.size * leaf.dtype.itemsize
+    return tuple(
+        (frozenset(entry.key for entry in path), leaf.size * leaf.dtype.itemsize)
         for path, leaf in jax.tree.leaves_with_path(variables)
-        if not unread & {entry.key for entry in path}
     )

@@ -25,7 +25,7 @@ from videollm_mod_jax.models.decoder import Layer, Mlp
 from videollm_mod_jax.models.execution import choose_kernels, current_platform
 from videollm_mod_jax.models.layers import Linear
 from videollm_mod_jax.models.plan import LayerSpec
-from videollm_mod_jax.training.losses import streaming_loss
+from videollm_mod_jax.training.losses import judge_in_chunks, streaming_loss
 from videollm_mod_jax.training.optimizer import merge_variables, split_variables
 from videollm_mod_jax.training.run import TrainingConfig
 
@@ -183,11 +183,17 @@ def mlp_cases(
             )
 
 
-def head_cases(model: VideoLLMConfig, shapes: Shapes, training: TrainingConfig) -> Iterator[Case]:
-    """The output head and the loss at all labelled positions, the same with routing and without."""
+def head_cases(
+    model: VideoLLMConfig, shapes: Shapes, training: TrainingConfig, chunks: Sequence[int]
+) -> Iterator[Case]:
+    """The output head and the loss at all labelled positions, all words at once and so many.
+
+    They are the same with routing and without.
+    """
     decoder, B, J = model.decoder, shapes.batch_size, shapes.labels
+    V, D = decoder.vocab_size, decoder.hidden_size
     head = Linear(
-        features=decoder.vocab_size,
+        features=V,
         axes=("embed", "vocab"),
         use_bias=False,
         lora=model.lora if model.lora.adapts("lm_head") else None,
@@ -195,26 +201,31 @@ def head_cases(model: VideoLLMConfig, shapes: Shapes, training: TrainingConfig) 
         param_dtype=model.param_dtype,
         out_dtype=jnp.float32,
     )
-    trained, frozen = _split(
-        _init(head, jnp.zeros((1, 1, decoder.hidden_size), model.dtype)), training.trainable
-    )
+    variables = _init(head, jnp.zeros((1, 1, D), model.dtype))
+    trained, frozen = _split(variables, training.trainable)
+    labels_BJ = jax.random.randint(jax.random.key(1), (B, J), 0, V)
+    constants = {"frozen": frozen, "labels": (labels_BJ, jnp.full((B, J), LANGUAGE, jnp.int8))}
+    hidden_BJD = _random(0, (B, J, D), model.dtype)
+    for chunk in (0, *(chunk for chunk in chunks if chunk < V)):
 
-    def run(inputs: dict, constants: dict) -> jax.Array:
-        variables = merge_variables(inputs["trained"], constants["frozen"])
-        logits_BJV = head.apply(variables, inputs["hidden_BJD"])
-        sums = streaming_loss(logits_BJV, *constants["labels"], training.stream_weight)
-        return sums["loss"][0]
+        def run(inputs: dict, constants: dict, chunk: int = chunk) -> jax.Array:
+            variables = merge_variables(inputs["trained"], constants["frozen"])
+            weights = head.apply(variables, D, method="weights")
+            hidden_BJD = inputs["hidden_BJD"]
+            labels_BJ, kinds_BJ = constants["labels"]
+            judged = judge_in_chunks(
+                hidden_BJD, weights.to_rank(hidden_BJD, None), weights, labels_BJ, chunk
+            )
+            return streaming_loss(judged, labels_BJ, kinds_BJ, training.stream_weight)["loss"][0]
 
-    labels_BJ = jax.random.randint(jax.random.key(1), (B, J), 0, decoder.vocab_size)
-    hidden_BJD = _random(0, (B, J, decoder.hidden_size), model.dtype)
-    yield from _both_ways(
-        f"{J} positions, all words at a time",
-        J,
-        run,
-        {"trained": trained, "hidden_BJD": hidden_BJD},
-        {"frozen": frozen, "labels": (labels_BJ, jnp.full((B, J), LANGUAGE, jnp.int8))},
-        floors.head_work(model, B, J, training.trainable),
-    )
+        yield from _both_ways(
+            f"{J} positions, {chunk or 'all'} words at a time",
+            J,
+            run,
+            {"trained": trained, "hidden_BJD": hidden_BJD},
+            constants,
+            floors.head_work(model, B, J, training.trainable),
+        )
 
 
 def cached_attention_cases(

@@ -17,6 +17,9 @@ from videollm_mod_jax.training.run import TrainingConfig
 MLP_ROWS = (1024, 2048)
 """Rows of a sequence that the MLP is also timed on at a time."""
 
+WORDS = (8192, 32_768)
+"""Words of the vocabulary whose logits the loss is also timed on at a time."""
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -55,7 +58,7 @@ def benchmark_kernels(
         "attention": lambda: kernel_cases.attention_cases(model, shapes),
         "layer": lambda: kernel_cases.layer_cases(model, shapes, training),
         "mlp": lambda: kernel_cases.mlp_cases(model, shapes, training, MLP_ROWS),
-        "head and loss": lambda: kernel_cases.head_cases(model, shapes, training),
+        "head and loss": lambda: kernel_cases.head_cases(model, shapes, training, WORDS),
         "attention to a cache": lambda: kernel_cases.cached_attention_cases(model, shapes, lengths),
     }
     rows = {}
