@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import tiny, tiny_training
 from videollm_mod_jax import cli
 from videollm_mod_jax.benchmarking import device, floors, report, stream_tables, streaming
 from videollm_mod_jax.benchmarking.device import Peaks
@@ -17,7 +18,7 @@ from videollm_mod_jax.benchmarking.streaming import StreamSettings
 from videollm_mod_jax.benchmarking.timing import Timing
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.experiment import plain, read_training
-from videollm_mod_jax.models import LoraConfig, VideoLLM, full_computation, init_variables
+from videollm_mod_jax.models import LoraConfig, VideoLLM, full_computation
 from videollm_mod_jax.streaming import engine
 from videollm_mod_jax.training import hlo
 
@@ -40,7 +41,7 @@ def test_positions_are_those_of_the_drawing():
 def really_streamed(model, streams):
     """The state behind the same context, by running it."""
     rng = np.random.default_rng(0)
-    variables = init_variables(model, jax.random.key(0))
+    variables = tiny_training.variables(model.config)
     state = engine.start(model, streams, ROOM.text, ROOM.frames, seed=0)
     for text in np.diff([0, *CONTEXT.frame_starts(0)]):
         prefix_BT = rng.integers(1, 40, (streams, text)).astype(np.int32)
@@ -68,7 +69,7 @@ def test_a_filled_state_is_that_of_a_stream_which_really_ran(selection):
 
 def test_a_filled_stream_goes_on_like_any_other():
     model = VideoLLM(tiny.CONFIG)
-    variables = init_variables(model, jax.random.key(0))
+    variables = tiny_training.variables(model.config)
     state = fill(model, CONTEXT, ROOM, batch_size=1, seed=0)
     before = np.asarray(state.entries_LB)
     features_BNW = np.ones((1, N, tiny.VISION.width), np.float32)
@@ -129,7 +130,7 @@ def test_the_towers_operations_are_those_of_the_compiled_program(changes):
     vision = dataclasses.replace(tiny.VISION, **changes)
     config = dataclasses.replace(tiny.CONFIG, vision=vision)
     model = VideoLLM(config)
-    variables = init_variables(model, jax.random.key(0))
+    variables = tiny_training.variables(model.config)
     images_BHWC = np.zeros((2, 16, 16, 3), np.uint8)
     program = engine.encode.lower(model, variables, images_BHWC).compile()
     pooling = 2 * 4 * 16 * vision.width
@@ -146,6 +147,27 @@ def test_growth_is_what_longer_streams_add():
     (row,) = streaming.growth(steps)
     assert row["minutes"] == [1, 10]
     assert row["mod"] == {"seconds": pytest.approx(0.004), "cache_bytes": 800}
+
+
+def test_a_token_is_a_share_of_an_answer_and_floors_are_those_of_the_middle_call(monkeypatch):
+    monkeypatch.setattr(
+        streaming,
+        "measure",
+        lambda steps, rounds, warmup: {name: Timing((6.0,) * rounds) for name in steps},
+    )
+    configs = {"full": FULL, "mod": tiny.CONFIG}
+    sides = {name: SimpleNamespace(see=None, answer=None) for name in configs}
+    settings = dataclasses.replace(SETTINGS, rounds=4)
+    row = streaming.measure_steps(
+        configs, sides, CONTEXT, 2, settings, Peaks(flops=1.0, bandwidth=1.0)
+    )
+    assert (row["frame"]["full"]["median"], row["token"]["full"]["median"]) == (6.0, 2.0)
+    assert (row["frame"]["ratio"], row["token"]["ratio"]) == (1.0, 1.0)
+    frame = floors.append_work(tiny.CONFIG, Context(8, 16), streams=2, frames=1, text=1)
+    assert row["frame"]["mod"]["cache_bytes"] == frame.cache_bytes
+    # Five frames later, three answers of 3 tokens later, and behind one token of the next.
+    token = floors.append_work(tiny.CONFIG, Context(10, 18 + 9 + 1), streams=2, frames=0, text=1)
+    assert row["token"]["mod"]["cache_bytes"] == token.cache_bytes
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def benchmark_stream(
             }
             row = {"minutes": minutes, "streams": streams}
             row |= {"frames": context.frames, "text_tokens": context.text}
-            steps.append(row | _steps(configs, sides, context, streams, settings, peaks))
+            steps.append(row | measure_steps(configs, sides, context, streams, settings, peaks))
             if minutes == lengths[-1]:
                 room = {"streams": streams} | dataclasses.asdict(rooms[streams])
                 memory.append(room | {name: side.memory() for name, side in sides.items()})
@@ -245,7 +245,7 @@ def growth(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def _steps(
+def measure_steps(
     configs: Mapping[str, VideoLLMConfig],
     sides: Mapping[str, Streams],
     context: Context,
@@ -253,7 +253,11 @@ def _steps(
     settings: StreamSettings,
     peaks: Peaks,
 ) -> dict[str, Any]:
-    """Times and floors of a frame and a token; a floor is that of the middle call."""
+    """Times and floors of a frame and of a token, a share of an answer.
+
+    Streams go on from call to call, so that a floor is that of the middle call: behind 5 frames,
+    with one call to warm up and 4 timed ones, that of a stream that has seen 8.
+    """
     calls, middle = settings.warmup + settings.rounds, settings.warmup + settings.rounds // 2
     frames = measure(
         {name: side.see for name, side in sides.items()}, settings.rounds, settings.warmup
