@@ -47,8 +47,8 @@ class LayerCache:
             for rows_BTGE in (k_BTGE, v_BTGE)
         )
 
-        # One contiguous update per stream, which every compiler does in place. All streams at once
-        # would be a scatter, for which XLA on CPU transposes whole caches.
+        # One contiguous update per stream, which compilers do in place. All streams at once would
+        # be a scatter, for which XLA on CPU converts whole bfloat16 caches to float32 and back.
         def write(b: jax.Array, buffers: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             k_BGCE, v_BGCE, position_BC = buffers
             k_1GTE, v_1GTE, position_1T = (
