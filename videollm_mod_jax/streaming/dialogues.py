@@ -61,11 +61,12 @@ class Dialogues:
         self._openings, self._open = [opening] * self._size, [False] * self._size
         self.used = [0] * self._size
         self.answer_prompt = self._encode(dialogue.ANSWER_PROMPT)
+        self._interval = self._encode(dialogue.INTERVAL)
 
     def frame_prefix(self, row: int) -> list[int]:
         """Ids of the text before the next frame."""
         if self._open[row]:
-            return self._encode(dialogue.INTERVAL)
+            return self._interval
         return self._encode(self._openings[row] + dialogue.STREAM_OPEN)
 
     def question(self, row: int, text: str) -> list[int]:
