@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from videollm_mod_jax.models import Execution, attention_splash, attention_xla
 from videollm_mod_jax.models.attention import causal_attention
 from videollm_mod_jax.models.execution import choose_kernels
 from videollm_mod_jax.training import hlo
+from videollm_mod_jax.training.gpu import cudnn_taken_for_granted
 
 # (T, H, G, E): one block and several, whole and not; heads alike, grouped, and all with one key.
 SHAPES = (
@@ -100,6 +102,23 @@ def test_xla_is_attention_and_its_gradients(shape, dtype):
 def test_splash_is_attention_and_its_gradients(shape, dtype):
     with attention_devices.interpreted():
         check(attention_splash.splash_attention, shape, dtype)
+
+
+@pytest.mark.parametrize("T", [1024, 1023])
+def test_cudnn_is_called_forward_and_backward_and_repeats_no_keys(T):
+    shapes = [jax.ShapeDtypeStruct((2, T, heads, 128), jnp.bfloat16) for heads in (8, 2, 2, 8)]
+    attend = functools.partial(causal_attention, kernels="gpu")
+    # Nothing is compiled or run: that takes a GPU.
+    with cudnn_taken_for_granted():
+        traced = jax.jit(functools.partial(with_gradients, attend)).trace(*shapes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "@__cudnn$" in line]
+    names = [re.search(r"@(__cudnn\$\w+)", line)[1] for line in calls]
+    assert names == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    for line in calls:
+        assert "CAUSAL" in line
+        assert f"tensor<2x{T + T % 2}x2x128xbf16>" in line
+    assert not re.search(rf"{T}x{T}", text)
 
 
 def test_several_blocks_equal_one_forward_and_backward(monkeypatch):

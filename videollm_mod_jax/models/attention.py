@@ -4,6 +4,7 @@ Letters: B batch, T tokens, H query heads, G key/value heads, E head width.
 """
 
 import jax
+import jax.numpy as jnp
 
 from videollm_mod_jax.models.attention_per_device import attend_per_device
 from videollm_mod_jax.models.attention_splash import splash_attention
@@ -44,6 +45,11 @@ def causal_attention(
 
 
 def _cudnn_attention(q_BTHE: jax.Array, k_BTGE: jax.Array, v_BTGE: jax.Array) -> jax.Array:
+    T = q_BTHE.shape[1]
+    # JAX refuses gradients of odd lengths; no token sees one that is appended.
+    q_BTHE, k_BTGE, v_BTGE = (
+        jnp.pad(x, [(0, 0), (0, T % 2), (0, 0), (0, 0)]) for x in (q_BTHE, k_BTGE, v_BTGE)
+    )
     return jax.nn.dot_product_attention(
         q_BTHE, k_BTGE, v_BTGE, is_causal=True, implementation="cudnn"
-    )
+    )[:, :T]
