@@ -48,7 +48,7 @@ class LayerCache:
         )
 
         # One contiguous update per stream, which compilers do in place. All streams at once would
-        # be a scatter, for which XLA on CPU converts whole bfloat16 caches to float32 and back.
+        # be a scatter, for which XLA on CPU makes float32 copies of whole bfloat16 caches.
         def write(b: jax.Array, buffers: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             k_BGCE, v_BGCE, position_BC = buffers
             k_1GTE, v_1GTE, position_1T = (
