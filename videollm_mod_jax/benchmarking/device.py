@@ -23,8 +23,8 @@ class Peaks:
 
     Attributes:
       flops: of large matrix products, per second; a multiply-add is two.
-      bandwidth: of device memory, in bytes per second that a sum over a large matrix, or its product
-        with a vector, reads.
+      bandwidth: of device memory, in bytes per second that a sum over a large matrix reads, or its
+        product with a vector.
     """
 
     flops: float
