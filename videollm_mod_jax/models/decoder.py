@@ -175,8 +175,10 @@ class Layer(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
         """Returns the residual stream, the cache, and the kept offsets_BFK (None if dense)."""
         # Only the block is rematerialised: gather and scatter stay outside, so a routed layer
-        # stores its M compact rows and not the whole sequence.
-        block = (nn.remat(Block, prevent_cse=False) if self.execution.remat else Block)(
+        # stores its M compact rows and not the whole sequence. Barriers (`prevent_cse`, by default)
+        # keep the layers of a period apart in the backward pass: without them XLA recomputes one
+        # while recomputed activations of another are still in memory.
+        block = (nn.remat(Block) if self.execution.remat else Block)(
             self.config, self.execution, name="block"
         )
         S, keep = x_BSD.shape[1], self.spec.keep

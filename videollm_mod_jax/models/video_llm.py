@@ -53,7 +53,9 @@ class VideoLLM(nn.Module):
         if decoder is None:
             return
         if vision is not None:
-            self.connector = Connector(decoder.hidden_size, config.dtype)
+            # Its activations would stay in memory for as long as the decoder runs.
+            connector = nn.remat(Connector) if self.execution.remat else Connector
+            self.connector = connector(decoder.hidden_size, config.dtype)
         init = nn.initializers.normal(decoder.hidden_size**-0.5)
         self.embedding_VD = self.param(
             "embedding",
