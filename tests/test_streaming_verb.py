@@ -60,6 +60,16 @@ def test_narrates_answers_and_reports(run, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_streams_a_model_of_8_bit_weights(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(stream, "StreamingSession", lambda model, **_: seen.append(model) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stream.main(command(run, "--int8"))
+    assert seen[0].variables["params"]["lm_head"]["kernel"].qvalue.dtype == np.int8
+    monkeypatch.undo()
+    assert stream.main(command(run, "--int8")) == 0
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from videollm_mod_jax.evaluation.stream import evaluate_stream
     from videollm_mod_jax.models import VideoLLM, VideoLLMConfig, init_variables
     from videollm_mod_jax.models.flops import flops
+    from videollm_mod_jax.streaming.int8 import quantize
     from videollm_mod_jax.streaming.session import Answer, StreamingSession
     from videollm_mod_jax.streaming.together import narrate_together
     from videollm_mod_jax.training.checkpoint import LoadedModel, load_trained, save_model
@@ -43,6 +44,7 @@ _HOMES = {
     "load": "training.checkpoint",
     "load_trained": "training.checkpoint",
     "narrate_together": "streaming.together",
+    "quantize": "streaming.int8",
     "read_video": "data.video",
     "save_model": "training.checkpoint",
     "write_video": "data.video",
@@ -62,6 +64,7 @@ __all__ = [
     "load",
     "load_trained",
     "narrate_together",
+    "quantize",
     "read_video",
     "save_model",
     "write_video",

@@ -22,6 +22,7 @@ from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import full_computation
 from videollm_mod_jax.models.flops import kv_cache_bytes
 from videollm_mod_jax.streaming.ahead import DEPTH, ahead
+from videollm_mod_jax.streaming.int8 import quantize
 from videollm_mod_jax.streaming.narrate import Caption, draw_narration
 from videollm_mod_jax.streaming.session import StreamingSession
 from videollm_mod_jax.training.checkpoint import LoadedModel, load_model
@@ -178,6 +179,8 @@ def _run(arguments: argparse.Namespace) -> None:
         _check_questions(questions, arguments.video, arguments.fps)
     step = cli.chosen_step(arguments.checkpoint, arguments.step)
     model = load_model(arguments.checkpoint, step=step)
+    if arguments.int8:
+        model = quantize(model)
     session = StreamingSession(
         model,
         silence_threshold=arguments.silence_threshold,
@@ -255,6 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="what train or convert wrote")
     cli.add_step_argument(parser)
+    cli.add_int8_argument(parser)
     add("--video", required=True, metavar="FILE", help="any file or URL that FFmpeg reads")
     add("--fps", type=float, default=2.0, help="frames per second that the model sees; take the "
         "rate of its training")  # fmt: skip
