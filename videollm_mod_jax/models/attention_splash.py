@@ -1,10 +1,7 @@
 """Causal attention by Splash, the Pallas kernels for TPUs that come with JAX."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 BLOCK = 512
@@ -29,9 +26,7 @@ def splash_attention(q_BTHE: jax.Array, k_BTGE: jax.Array, v_BTGE: jax.Array) ->
     return jnp.swapaxes(out.reshape(B, H, blocks * size, E), 1, 2)[:, :T]
 
 
-@functools.lru_cache
 def _kernel(blocks: int, size: int) -> splash.splash_attention_kernel.SplashAttentionKernel:
-    """Made once for all layers: its tables take time, and one kernel is traced once."""
     # The mask of one head serves any number of them.
     mask = splash.MultiHeadMask([splash.CausalMask((blocks * size, blocks * size))])
     block_sizes = splash.BlockSizes(
@@ -44,9 +39,5 @@ def _kernel(blocks: int, size: int) -> splash.splash_attention_kernel.SplashAtte
         block_q_dq=size,
         block_kv_dq=size,
     )
-    with jax.ensure_compile_time_eval():
-        kernel = splash.make_splash_mha(
-            mask=mask, block_sizes=block_sizes, head_shards=1, q_seq_shards=1
-        )
-        # As constants, on whatever devices they are used.
-        return jax.tree.map(np.asarray, kernel)
+    # Its tables belong to the trace they are made in: devices of the mesh need not be here.
+    return splash.make_splash_mha(mask=mask, block_sizes=block_sizes, head_shards=1, q_seq_shards=1)
