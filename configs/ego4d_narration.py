@@ -20,6 +20,7 @@ import dataclasses
 import ml_collections
 
 from videollm_mod_jax import experiment
+from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.config import early_exit, full_computation, layer_skip
 
 MICROBATCHES = {"v5e-16": 4, "v6e-16": 2, "v5p-8": 2, "v5p-16": 1, "gpu-8": 2}
@@ -46,6 +47,11 @@ ROUTING = {
 def get_config(argument: str = "v5e-16") -> ml_collections.ConfigDict:
     hardware, _, row = argument.partition(",")
     row = row or "mod"
+    if hardware not in MICROBATCHES or row not in ROUTING:
+        raise UserError(
+            f"the config's argument is {argument!r}; expected HARDWARE or HARDWARE,ROW with "
+            f"HARDWARE one of {', '.join(MICROBATCHES)} and ROW one of {', '.join(ROUTING)}"
+        )
     config = ml_collections.ConfigDict()
 
     # Directory of a converted Llama-3-8B with the tower: `convert from-hf --vision-tower`.

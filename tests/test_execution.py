@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from tests import tiny, tiny_training
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import Execution, LoraConfig, VideoLLM, init_variables
+from videollm_mod_jax.models.decoder import Attention
 from videollm_mod_jax.training import compiled, hlo, sharding
 from videollm_mod_jax.training.optimizer import learning_rate_schedule, split_variables
 from videollm_mod_jax.training.run import Run
@@ -71,13 +73,41 @@ def test_dropout_in_chunks_draws_for_every_chunk_and_layer():
 
     assert value(0, mlp_rows=5) == value(0, mlp_rows=5)
     assert value(0, mlp_rows=5) != value(1, mlp_rows=5)
-    # The recomputation draws what the forward pass drew.
-    assert_same(
-        value_and_gradient(config, variables, {"dropout": jax.random.key(0)}, mlp_rows=5),
-        value_and_gradient(
-            config, variables, {"dropout": jax.random.key(0)}, mlp_rows=5, remat=True
-        ),
+    # The recomputation draws what the forward pass drew: another draw is another gradient.
+    stored, recomputed, other = (
+        value_and_gradient(config, variables, {"dropout": jax.random.key(key)}, mlp_rows=5, **how)
+        for key, how in ((0, {}), (0, {"remat": True}), (1, {}))
     )
+    assert distance(recomputed, stored) < 1e-4 < 0.1 < distance(other, stored)
+
+
+def distance(found, expected):
+    """Of two trees, relative to the length of the second."""
+    gap = jax.tree.map(jnp.subtract, found, expected)
+    return float(optax.global_norm(gap) / optax.global_norm(expected))
+
+
+def test_adapters_that_read_the_same_rows_drop_the_same_of_them():
+    lora = LoraConfig(rank=3, alpha=6.0, dropout=0.5, targets=("q", "k", "v"))
+    attention = Attention(dataclasses.replace(tiny.CONFIG, lora=lora), Execution())
+    x_BTD = jax.random.normal(jax.random.key(1), (1, 5, tiny.DECODER.hidden_size))
+    rows = (x_BTD, jnp.arange(5)[None], None)
+    variables = tiny.spread(nn.meta.unbox(attention.init(jax.random.key(0), *rows)))
+    for tree in (variables["params"], variables["lora"]):
+        tree["v"] = tree["k"]
+
+    def keys_and_values(**rngs):
+        _, seen = attention.apply(
+            variables,
+            *rows,
+            rngs=rngs,
+            capture_intermediates=lambda module, _: module.name in ("k", "v"),
+        )
+        return [seen["intermediates"][name]["__call__"][0] for name in ("k", "v")]
+
+    k, v = keys_and_values(dropout=jax.random.key(0))
+    np.testing.assert_array_equal(k, v)
+    assert np.abs(k - keys_and_values()[0]).max() > 0.1
 
 
 def gradient_and_metrics(trainable, tied, **execution):

@@ -203,9 +203,11 @@ def read_config(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDic
 
 def _one_line(error: BaseException) -> str:
     """What went wrong: the UserError that a config file raised, if any, or the message's end."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__ or cause.__context__
+    cause, chained = None, error
+    while chained is not None:
+        # The flag library wraps an error of the config file in others of the same kind.
+        cause = chained if isinstance(chained, UserError) else cause
+        chained = chained.__cause__ or chained.__context__
     wrapped = error.args[0] if error.args else None
     if cause is None and isinstance(wrapped, KeyError):
         # An unknown key, quoted, and perhaps "Did you mean ..." in a second line.

@@ -5,6 +5,8 @@ computes, runs the same `Block` on them, and scatters the weighted update back; 
 goes through the same code with a cache.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,15 @@ def _linear(config: VideoLLMConfig, name: str, features: int, axes: tuple[str, s
     )
 
 
+def _shared_dropout_key(linears: Sequence[Linear]) -> jax.Array | None:
+    """One key for the adapters of linears that read the same rows.
+
+    With one mask the rows are drawn for and kept once, and not once per adapter, as PEFT does.
+    """
+    keys = (linear.dropout_key() for linear in linears)
+    return next((key for key in keys if key is not None), None)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions, over the rows given or over a cache."""
 
@@ -48,9 +59,15 @@ class Attention(nn.Module):
         decoder = self.config.decoder
         H, G, E = decoder.num_heads, decoder.num_kv_heads, decoder.head_dim
         B, T, D = x_BTD.shape
-        q_BTHE = _linear(self.config, "q", H * E, ("embed", "heads"))(x_BTD).reshape(B, T, H, E)
-        k_BTGE = _linear(self.config, "k", G * E, ("embed", "kv_heads"))(x_BTD).reshape(B, T, G, E)
-        v_BTGE = _linear(self.config, "v", G * E, ("embed", "kv_heads"))(x_BTD).reshape(B, T, G, E)
+        linears = (
+            _linear(self.config, "q", H * E, ("embed", "heads")),
+            _linear(self.config, "k", G * E, ("embed", "kv_heads")),
+            _linear(self.config, "v", G * E, ("embed", "kv_heads")),
+        )
+        key = _shared_dropout_key(linears)
+        q_BTHE, k_BTGE, v_BTGE = (
+            linear(x_BTD, dropout_key=key).reshape(B, T, -1, E) for linear in linears
+        )
         frequencies = rope_frequencies(E, decoder.rope_theta, decoder.rope_scaling)
         q_BTHE = apply_rope(q_BTHE, position_BT, frequencies)
         k_BTGE = apply_rope(k_BTGE, position_BT, frequencies)
@@ -81,7 +98,8 @@ class Mlp(nn.Module):
             (_linear(self.config, "down", hidden_size, ("mlp", "embed")), mlp_size),
         )
         weights = tuple(linear.weights(inputs) for linear, inputs in linears)
-        keys = tuple(linear.dropout_key() for linear, _ in linears)
+        shared = _shared_dropout_key([linear for linear, _ in linears[:2]])
+        keys = (shared, shared, linears[2][0].dropout_key())
         return mlp.in_row_chunks(x_BTD, weight_BT, weights, keys, self.execution.mlp_rows)
 
 
@@ -209,7 +227,7 @@ class Layer(nn.Module):
         rows_BM, is_vision_BM = routing.compact_rows(frame_starts_BF, offsets_BFK, S, N)
         update_BMD, cache = block(
             routing.gather_rows(x_BSD, rows_BM),
-            jnp.take_along_axis(position_BS, rows_BM, axis=1),
+            routing.gather_rows(position_BS, rows_BM),
             (kernel_D, bias, is_vision_BM),
             cache,
         )

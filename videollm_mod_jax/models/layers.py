@@ -126,9 +126,23 @@ class Linear(nn.Module):
     param_dtype: Any
     out_dtype: Any = None
 
-    def __call__(self, x: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
-        """[..., in] -> [..., features]; a tied head passes its `kernel` [in, features]."""
-        return self.weights(x.shape[-1], kernel).apply(x, self.dropout_key())
+    def __call__(
+        self,
+        x: jax.Array,
+        kernel: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """[..., in] -> [..., features].
+
+        Args:
+          x: rows.
+          kernel: [in, features] of a tied head; None for its own.
+          dropout_key: from `dropout_key` of a linear on the same rows, whose mask is taken then;
+            None draws another.
+        """
+        if dropout_key is None:
+            dropout_key = self.dropout_key()
+        return self.weights(x.shape[-1], kernel).apply(x, dropout_key)
 
     def dropout_key(self) -> jax.Array | None:
         """The key of this call's dropout, or None where nothing is dropped."""
