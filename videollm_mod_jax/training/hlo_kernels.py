@@ -20,7 +20,8 @@ _FORWARD, _BACKWARD, _DQ, _DKV = 2, 5, 3, 4
 
 # Move, mark, sort or draw; no products.
 _WITHOUT_PRODUCTS = re.compile(
-    r"AllocateBuffer|AssumeGatherIndicesInBound|MoveToHost|MoveToDevice|PinToDevice\w*|Pin|Unpin|"
+    r"AllocateBuffer|AssumeGatherIndicesInBound|GatherScatterIndicesBitpacked|"
+    r"MoveToHost|MoveToDevice|PinToDevice\w*|Pin|Unpin|"
     r"CreateBuffer|Sharding|SPMD\w*|TopK|X64\w*|xla\.gpu\.ext\.\w+|__gpu\$TopK|__cub\$\w+|"
     r"cu_threefry2x32\w*|annotate_device_placement|SliceToDynamic|PadToStatic"
 )
