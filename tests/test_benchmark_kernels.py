@@ -10,7 +10,15 @@ import pytest
 from tests import tiny, tiny_training
 from videollm_mod_jax import cli
 from videollm_mod_jax.benchmarking import device, floors, kernel_cases, kernels, report
-from videollm_mod_jax.benchmarking.kernel_cases import BLOCK, BOTH, DENSE, FORWARD, ROUTED, Shapes
+from videollm_mod_jax.benchmarking.kernel_cases import (
+    BLOCK,
+    BOTH,
+    DENSE,
+    FORWARD,
+    ROUTED,
+    Case,
+    Shapes,
+)
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.experiment import plain, read_training
 from videollm_mod_jax.models import full_computation
@@ -133,6 +141,22 @@ def test_floors_are_what_they_come_to_by_hand():
     forward, both = floors.layer_work(tiny.CONFIG, 2, 3, trainable="full", remat=False)
     assert forward.flops == 2 * (3 * 2 * linear) + 2 * 2 * 4 * 8 * pairs
     assert both.flops == 3 * 2 * (3 * 2 * linear) + 7 * 2 * 4 * 8 * pairs
+
+
+def test_the_distance_of_a_kernel_from_plain_xla_is_told():
+    def case(name, *arrays):
+        results = [np.array(a, np.float32) for a in arrays]
+        return Case(name=name, direction=FORWARD, rows=1, step=lambda: results, work=None)
+
+    cases = [
+        case("full, xla, 8 filled", [3.0, 0], [4.0]),
+        case("full, xla, 9 filled", [7.0], [7.0]),
+    ]
+    cases += [case("full, gpu, 8 filled", [3.0, 0.3], [4.4]), case("full, 8 rows at a time", [1.0])]
+    by_name = {(c.name, c.direction): c for c in cases}
+    found = [kernels.from_xla(c, by_name) for c in cases]
+    assert found[2] == pytest.approx(0.1)
+    assert [found[i] for i in (0, 1, 3)] == [None] * 3
 
 
 def test_overhead_is_what_a_routed_layer_takes_beyond_its_block():

@@ -4,14 +4,18 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import optax
 from rich.table import Table
 
 from videollm_mod_jax.benchmarking import device, floors, kernel_cases, report
-from videollm_mod_jax.benchmarking.kernel_cases import BLOCK, BOTH, FORWARD, ROUTED, Shapes
+from videollm_mod_jax.benchmarking.kernel_cases import BLOCK, BOTH, FORWARD, ROUTED, Case, Shapes
 from videollm_mod_jax.benchmarking.timing import measure
 from videollm_mod_jax.benchmarking.training import variants
 from videollm_mod_jax.data.config import DataConfig
 from videollm_mod_jax.models import VideoLLMConfig
+from videollm_mod_jax.models.execution import KERNELS
 from videollm_mod_jax.training.run import TrainingConfig
 
 MLP_ROWS = (1024, 2048)
@@ -45,7 +49,8 @@ def benchmark_kernels(
 
     Returns:
       What `report.write` writes: `model`, `training`, `settings`, `shapes`, `peaks`; `parts`, by
-      name a list of cases, each with its floors and times in seconds; and `routing_overhead`.
+      name a list of cases, each with its floors, times in seconds, and `from_xla`; and
+      `routing_overhead`.
 
     Raises:
       UserError: the model routes nowhere.
@@ -71,6 +76,7 @@ def benchmark_kernels(
         )
         rows[part] = [
             {"name": case.name, "direction": case.direction, "rows": case.rows}
+            | {"from_xla": from_xla(case, cases)}
             | floors.measured(timings[", ".join(key)], case.work, peaks)
             for key, case in cases.items()
         ]
@@ -84,6 +90,28 @@ def benchmark_kernels(
         "parts": rows,
         "routing_overhead": routing_overhead(rows["layer"]),
     }
+
+
+def from_xla(case: Case, cases: Mapping[tuple[str, str], Case]) -> float | None:
+    """How far a kernel's results are from those of `xla` kernels, ‖a - b‖ / ‖b‖ of all arrays.
+
+    Args:
+      case: such as `full, gpu`.
+      cases: by name and direction, `full, xla` among them.
+
+    Returns:
+      None for a case that no other one computes in plain XLA.
+    """
+    kind, _, rest = case.name.partition(", ")
+    kernels, *more = rest.split(", ")
+    plain = cases.get((", ".join((kind, "xla", *more)), case.direction))
+    if kernels not in KERNELS or plain is None or plain is case:
+        return None
+    found, expected = (
+        jax.tree.map(lambda x: x.astype(jnp.float32), each.step()) for each in (case, plain)
+    )
+    gap = optax.global_norm(jax.tree.map(jnp.subtract, found, expected))
+    return float(gap / optax.global_norm(expected))
 
 
 def routing_overhead(cases: Rows) -> dict[str, float]:
@@ -105,7 +133,14 @@ def routing_overhead(cases: Rows) -> dict[str, float]:
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """What `benchmark_kernels` returned, for the terminal."""
-    columns = ("rows", "ms", "quartiles apart, ms", "floor, ms", "share of the floor, %")
+    columns = (
+        "rows",
+        "ms",
+        "quartiles apart, ms",
+        "floor, ms",
+        "share of the floor, %",
+        "from xla",
+    )
     out = []
     for part, cases in result["parts"].items():
         rows = {
@@ -115,6 +150,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
                 f"{1e3 * case['spread']:.3g}",
                 f"{1e3 * max(case['flops_floor'], case['bytes_floor']):.4g}",
                 f"{100 * case['share_of_floor']:.3g}",
+                "" if case["from_xla"] is None else f"{case['from_xla']:.2g}",
             )
             for case in cases
         }
