@@ -150,6 +150,8 @@ def test_the_page_lies_beside_the_results_and_links_them(tmp_path, capsys):
     (tmp_path / "other.json").write_text("{}")
     assert benchmark.main(["summary", str(tmp_path)]) == 0
     page = (tmp_path / "README.md").read_text()
+    assert "` on NVIDIA H200; " in page
+    assert "` compiled for v5p:2x2x2; " in summary.text({tmp_path / "m.json": MEMORY}, tmp_path)
     assert "[h200/train.json](h200/train.json)" in page
     assert "![h200/train-time.png](h200/train-time.png)" in page
     assert "jax 0.10.2" in page

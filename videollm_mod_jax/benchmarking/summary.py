@@ -59,9 +59,11 @@ def text(results: Mapping[Path, Mapping[str, Any]], directory: Path) -> str:
         link = Path(os.path.relpath(file, directory)).as_posix()
         versions = ", ".join(f"{k} {v}" for k, v in result["device"]["versions"].items())
         config = " ".join([result["config"], *result["overrides"]])
-        parts.append(
-            f"[{link}]({link}): `{config}` on {device.name(result['device'])}; {versions}."
+        place = device.name(result["device"])
+        where = (
+            f"compiled for {result['target']['topology']}" if "target" in result else f"on {place}"
         )
+        parts.append(f"[{link}]({link}): `{config}` {where}; {versions}.")
     for folder in sorted({file.parent for file in results}):
         for picture in sorted(folder.glob("*.png")):
             link = Path(os.path.relpath(picture, directory)).as_posix()
