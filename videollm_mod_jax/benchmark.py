@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -111,11 +110,7 @@ def _train(
 def _memory(
     arguments: argparse.Namespace, read: Callable[[], Parts], announce: Callable[[str], None]
 ) -> dict[str, Any]:
-    kind, _, count = arguments.topology.partition(":")
-    # Nothing runs on a device of this machine, so none is claimed.
-    jax.config.update("jax_platforms", "cpu")
-    if kind == "cpu" and count.isdigit():
-        jax.config.update("jax_num_cpu_devices", int(count))
+    compiled.claim_no_device(arguments.topology)
     model, data, training = read()
     target = compiled.find_target(arguments.topology)
 

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -112,11 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    kind, _, count = arguments.topology.partition(":")
-    # Nothing runs on a device of this machine, so none is claimed.
-    jax.config.update("jax_platforms", "cpu")
-    if kind == "cpu" and count.isdigit():
-        jax.config.update("jax_num_cpu_devices", int(count))
+    compiled.claim_no_device(arguments.topology)
     model, data, training = read_training(plain(cli.read_config(arguments.config, overrides)))
     target = compiled.find_target(arguments.topology)
     limit = None if arguments.memory is None else int(arguments.memory * GIB)

@@ -73,6 +73,18 @@ class Program:
     flops_loops_once: float | None = None
 
 
+def claim_no_device(topology: str) -> None:
+    """Keeps this process off the devices of its machine; to be called before JAX looks for any.
+
+    Args:
+      topology: as for `find_target`; of `cpu:8`, the devices are simulated.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    kind, _, count = topology.partition(":")
+    if kind == "cpu" and count.isdigit():
+        jax.config.update("jax_num_cpu_devices", int(count))
+
+
 def find_target(topology: str) -> Target:
     """The devices of a topology: chips that need not exist, or simulated CPU devices.
 
