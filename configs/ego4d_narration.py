@@ -115,7 +115,7 @@ def get_config(argument: str = "v5e-16") -> ml_collections.ConfigDict:
         # Attention by the best kernels of the platform; MLP and loss in parts, so that the largest
         # arrays of a step are never whole in memory.
         "kernels": "auto",
-        "mlp_rows": 2048,
+        "row_chunk": 2048,
         "vocab_chunk": 16_384,
         "sharding": "fsdp",
         "mesh": (1, -1, 1),

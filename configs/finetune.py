@@ -63,7 +63,7 @@ def get_config(model: str) -> ml_collections.ConfigDict:
         # Attention by the best kernels of the platform; MLP and loss not in parts (0), since they
         # are small.
         "kernels": "auto",
-        "mlp_rows": 0,
+        "row_chunk": 0,
         "vocab_chunk": 0,
         "sharding": "fsdp",
         "mesh": (1, -1, 1),

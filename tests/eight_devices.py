@@ -41,7 +41,7 @@ it runs."""
 SCANNED = "mod scanned"
 """The routed model with loops over its layers, and on eight devices over rows and vocabulary."""
 
-IN_CHUNKS = {"mlp_rows": 20, "vocab_chunk": 128}
+IN_CHUNKS = {"row_chunk": 20, "vocab_chunk": 128}
 """Of which neither divides the rows nor the vocabulary of the tiny model."""
 
 OPTIMIZER = dataclasses.replace(

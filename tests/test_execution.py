@@ -12,8 +12,8 @@ import pytest
 
 from tests import tiny, tiny_training
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.models import Execution, LoraConfig, VideoLLM, init_variables
-from videollm_mod_jax.models.decoder import Attention
+from videollm_mod_jax.models import Execution, LoraConfig, VideoLLM, init_variables, row_wise
+from videollm_mod_jax.models.decoder import Linears
 from videollm_mod_jax.training import compiled, hlo, sharding
 from videollm_mod_jax.training.optimizer import learning_rate_schedule, split_variables
 from videollm_mod_jax.training.run import Run
@@ -60,7 +60,7 @@ def test_rows_in_chunks_give_the_values_and_gradients_of_all_rows(scan, remat):
     expected = value_and_gradient(config, variables, scan=scan, remat=remat)
     for rows in (5, 11):
         assert_same(
-            value_and_gradient(config, variables, scan=scan, remat=remat, mlp_rows=rows), expected
+            value_and_gradient(config, variables, scan=scan, remat=remat, row_chunk=rows), expected
         )
 
 
@@ -70,7 +70,7 @@ def test_dropout_in_chunks_is_recomputed_as_it_was_drawn():
 
     # The recomputation draws what the forward pass drew: another draw is another gradient.
     stored, recomputed, other = (
-        value_and_gradient(config, variables, {"dropout": jax.random.key(key)}, mlp_rows=5, **how)
+        value_and_gradient(config, variables, {"dropout": jax.random.key(key)}, row_chunk=5, **how)
         for key, how in ((0, {}), (0, {"remat": True}), (1, {}))
     )
     assert distance(recomputed, stored) < 1e-4 < 0.1 < distance(other, stored)
@@ -82,23 +82,24 @@ def distance(found, expected):
     return float(optax.global_norm(gap) / optax.global_norm(expected))
 
 
-def test_adapters_that_read_the_same_rows_drop_the_same_of_them():
+@pytest.mark.parametrize("rows_at_once", [0, 3])
+def test_adapters_that_read_the_same_rows_drop_the_same_of_them(rows_at_once):
     lora = LoraConfig(rank=3, alpha=6.0, dropout=0.5, targets=("q", "k", "v"))
-    attention = Attention(dataclasses.replace(tiny.CONFIG, lora=lora), Execution())
-    x_BTD = jax.random.normal(jax.random.key(1), (1, 5, tiny.DECODER.hidden_size))
-    rows = (x_BTD, jnp.arange(5)[None], None)
-    variables = tiny.spread(nn.meta.unbox(attention.init(jax.random.key(0), *rows)))
+    linears = Linears.of_attention(dataclasses.replace(tiny.CONFIG, lora=lora))
+    variables = tiny.spread(nn.meta.unbox(linears.init(jax.random.key(0))))
     for tree in (variables["params"], variables["lora"]):
         tree["v"] = tree["k"]
+    x_BTD = jax.random.normal(jax.random.key(1), (1, 5, tiny.DECODER.hidden_size))
 
     def keys_and_values(**rngs):
-        _, seen = attention.apply(
-            variables,
-            *rows,
-            rngs=rngs,
-            capture_intermediates=lambda module, _: module.name in ("k", "v"),
+        weights, keys = linears.apply(variables, rngs=rngs)
+        return row_wise.in_row_chunks(
+            lambda x_BTD, weights, keys: [weights[n].apply(x_BTD, keys[n]) for n in ("k", "v")],
+            x_BTD,
+            weights,
+            keys,
+            rows_at_once,
         )
-        return [seen["intermediates"][name]["__call__"][0] for name in ("k", "v")]
 
     k, v = keys_and_values(dropout=jax.random.key(0))
     np.testing.assert_array_equal(k, v)
@@ -129,7 +130,7 @@ def gradient_and_metrics(trainable, tied, **execution):
 def test_a_step_in_chunks_has_the_gradient_and_metrics_of_one_without(trainable, tied):
     expected = gradient_and_metrics(trainable, tied)
     assert tiny_training.TOKENIZER.vocab_size == 297, "128 leave a shorter last chunk, 99 divide"
-    for chunks in ({"vocab_chunk": 128, "mlp_rows": 20}, {"vocab_chunk": 99}):
+    for chunks in ({"vocab_chunk": 128, "row_chunk": 20}, {"vocab_chunk": 99}):
         assert_same(gradient_and_metrics(trainable, tied, **chunks), expected)
 
 
@@ -160,7 +161,7 @@ def program(remat, trainable="lora", **chunks):
 
 def test_rows_in_chunks_save_memory_and_cost_nothing_where_blocks_are_recomputed():
     flops, temp = program(remat=True)
-    flops_in_chunks, temp_in_chunks = program(remat=True, mlp_rows=64)
+    flops_in_chunks, temp_in_chunks = program(remat=True, row_chunk=64)
     assert flops_in_chunks == pytest.approx(flops, rel=0.01)
     # Of [448, 1024] floats, gate, up and their product alone are 5.5 MB.
     assert temp_in_chunks < temp - 4e6
@@ -168,7 +169,7 @@ def test_rows_in_chunks_save_memory_and_cost_nothing_where_blocks_are_recomputed
 
 def test_rows_in_chunks_recompute_gate_and_up_where_blocks_are_not():
     flops, temp = program(remat=False)
-    flops_in_chunks, temp_in_chunks = program(remat=False, mlp_rows=64)
+    flops_in_chunks, temp_in_chunks = program(remat=False, row_chunk=64)
     rows, width, mlp_size, rank = 448 + 256, 32, 1024, 2
     # And what the gradient of down's B is made of.
     again = 2 * rows * (2 * (width * mlp_size + rank * (width + mlp_size)) + mlp_size * rank)
@@ -187,7 +188,7 @@ def test_a_vocabulary_in_chunks_saves_memory_and_costs_one_more_head():
     assert temp_in_chunks < temp - 16e6
 
 
-@pytest.mark.parametrize("field", ["mlp_rows", "vocab_chunk"])
+@pytest.mark.parametrize("field", ["row_chunk", "vocab_chunk"])
 def test_negative_chunks_are_refused(field):
     with pytest.raises(UserError, match=f"{field} is -1; expected 0 or more"):
         Execution(**{field: -1})

@@ -67,7 +67,7 @@ def training_config(**changes) -> loop.TrainingConfig:
         "scan": True,
         "remat": True,
         "kernels": "auto",
-        "mlp_rows": 0,
+        "row_chunk": 0,
         "vocab_chunk": 0,
         "sharding": "replicate",
         "mesh": (-1, 1, 1),

@@ -18,10 +18,10 @@ from videollm_mod_jax.benchmarking.filled import Context, append_random
 from videollm_mod_jax.benchmarking.floors import Work
 from videollm_mod_jax.data.config import DataConfig
 from videollm_mod_jax.data.example import LANGUAGE
-from videollm_mod_jax.models import Execution, VideoLLMConfig, config_plan, init_caches
+from videollm_mod_jax.models import VideoLLMConfig, config_plan, init_caches, row_wise
 from videollm_mod_jax.models.attention import causal_attention
 from videollm_mod_jax.models.cached_attention import cached_attention
-from videollm_mod_jax.models.decoder import Layer, Mlp
+from videollm_mod_jax.models.decoder import Layer, Linears
 from videollm_mod_jax.models.execution import choose_kernels, current_platform
 from videollm_mod_jax.models.layers import Linear
 from videollm_mod_jax.models.plan import LayerSpec
@@ -162,16 +162,15 @@ def mlp_cases(
 ) -> Iterator[Case]:
     """The MLP on the rows of a dense and of a routed layer, all at once and so many at a time."""
     hidden_size = model.decoder.hidden_size
+    linears = Linears.of_mlp(model)
+    trained, frozen = _split(_init(linears), training.trainable)
     for side, rows in shapes.sides.items():
         for chunk in (0, *(chunk for chunk in chunks if chunk < rows)):
-            mlp = Mlp(model, Execution(mlp_rows=chunk))
 
-            def run(inputs: dict, frozen: dict, mlp: Mlp = mlp) -> jax.Array:
-                return mlp.apply(merge_variables(inputs["trained"], frozen), inputs["x_BTD"], None)
+            def run(inputs: dict, frozen: dict, chunk: int = chunk) -> jax.Array:
+                weights, keys = linears.apply(merge_variables(inputs["trained"], frozen))
+                return row_wise.in_row_chunks(_mlp, inputs["x_BTD"], weights, keys, chunk)
 
-            x_11D = jnp.zeros((1, 1, hidden_size), model.dtype)
-            variables = _init(mlp, x_11D, None)
-            trained, frozen = _split(variables, training.trainable)
             x_BTD = _random(0, (shapes.batch_size, rows, hidden_size), model.dtype)
             yield from _both_ways(
                 f"{side}, {chunk or 'all'} rows at a time",
@@ -181,6 +180,10 @@ def mlp_cases(
                 frozen,
                 floors.mlp_work(model, shapes.batch_size, rows, training.trainable),
             )
+
+
+def _mlp(x_BTD: jax.Array, weights: row_wise.Linears, keys: row_wise.Keys) -> jax.Array:
+    return row_wise.swiglu(x_BTD, None, weights, keys)
 
 
 def head_cases(

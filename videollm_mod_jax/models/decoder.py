@@ -5,13 +5,14 @@ computes, runs the same `Block` on them, and scatters the weighted update back; 
 goes through the same code with a cache.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from videollm_mod_jax.models import mlp, routing
+from videollm_mod_jax.models import routing, row_wise
 from videollm_mod_jax.models.attention import causal_attention
 from videollm_mod_jax.models.cache import Caches, LayerCache
 from videollm_mod_jax.models.cached_attention import cached_attention
@@ -19,95 +20,75 @@ from videollm_mod_jax.models.config import VideoLLMConfig
 from videollm_mod_jax.models.execution import Execution, choose_kernels, current_platform
 from videollm_mod_jax.models.layers import Linear, RMSNorm
 from videollm_mod_jax.models.plan import LayerSpec, Plan, config_plan, scan_groups
-from videollm_mod_jax.models.rope import apply_rope, rope_frequencies
+from videollm_mod_jax.models.rope import rope_frequencies
 
 Kept = tuple[jax.Array | None, ...]
 
 
-def _linear(config: VideoLLMConfig, name: str, features: int, axes: tuple[str, str]) -> Linear:
-    return Linear(
-        features=features,
-        axes=axes,
-        use_bias=config.decoder.qkv_bias and name in ("q", "k", "v"),
-        lora=config.lora if config.lora.adapts(name) else None,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        name=name,
-    )
+class Linears(nn.Module):
+    """The linears of one half of a block: what the functions of `row_wise` compute with.
 
-
-def _shared_dropout_key(linears: Sequence[Linear]) -> jax.Array | None:
-    """One key for the adapters of linears that read the same rows.
-
-    With one mask the rows are drawn for and kept once, and not once per adapter, as PEFT does.
+    Attributes:
+      config: the model.
+      sizes: inputs, outputs and logical axes of the kernel, by name.
+      same_rows: names of those that read the same rows. With one dropout mask the rows are drawn
+        for and kept once, and not once per adapter, as PEFT does.
     """
-    keys = (linear.dropout_key() for linear in linears)
-    return next((key for key in keys if key is not None), None)
-
-
-class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions, over the rows given or over a cache."""
 
     config: VideoLLMConfig
-    execution: Execution
+    sizes: Mapping[str, tuple[int, int, tuple[str, str]]]
+    same_rows: tuple[str, ...]
+
+    @classmethod
+    def of_attention(cls, config: VideoLLMConfig) -> "Linears":
+        """q, k, v and o."""
+        decoder = config.decoder
+        D, heads = decoder.hidden_size, decoder.num_heads * decoder.head_dim
+        kv_heads = decoder.num_kv_heads * decoder.head_dim
+        sizes = {
+            "q": (D, heads, ("embed", "heads")),
+            "k": (D, kv_heads, ("embed", "kv_heads")),
+            "v": (D, kv_heads, ("embed", "kv_heads")),
+            "o": (heads, D, ("inner", "embed_out")),
+        }
+        return cls(config, sizes, ("q", "k", "v"), name="attention")
+
+    @classmethod
+    def of_mlp(cls, config: VideoLLMConfig) -> "Linears":
+        """gate, up and down."""
+        D, inner = config.decoder.hidden_size, config.decoder.mlp_size
+        sizes = {
+            "gate": (D, inner, ("embed", "mlp")),
+            "up": (D, inner, ("embed", "mlp")),
+            "down": (inner, D, ("inner", "embed_out")),
+        }
+        return cls(config, sizes, ("gate", "up"), name="mlp")
 
     @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, position_BT: jax.Array, cache: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Returns [B, T, D] and the cache with these T tokens behind its entries."""
-        decoder = self.config.decoder
-        H, G, E = decoder.num_heads, decoder.num_kv_heads, decoder.head_dim
-        B, T, D = x_BTD.shape
-        linears = (
-            _linear(self.config, "q", H * E, ("embed", "heads")),
-            _linear(self.config, "k", G * E, ("embed", "kv_heads")),
-            _linear(self.config, "v", G * E, ("embed", "kv_heads")),
-        )
-        key = _shared_dropout_key(linears)
-        q_BTHE, k_BTGE, v_BTGE = (
-            linear(x_BTD, dropout_key=key).reshape(B, T, -1, E) for linear in linears
-        )
-        frequencies = rope_frequencies(E, decoder.rope_theta, decoder.rope_scaling)
-        q_BTHE = apply_rope(q_BTHE, position_BT, frequencies)
-        k_BTGE = apply_rope(k_BTGE, position_BT, frequencies)
-        kernels = choose_kernels(self.execution.kernels, current_platform(), q_BTHE.dtype, E)
-        if cache is None:
-            out_BTHE = causal_attention(q_BTHE, k_BTGE, v_BTGE, kernels)
-        else:
-            start_B = cache.length_B
-            cache = cache.append(k_BTGE, v_BTGE, position_BT)
-            out_BTHE = cached_attention(q_BTHE, cache, start_B, kernels)
-        out_BTD = _linear(self.config, "o", D, ("heads", "embed"))(out_BTHE.reshape(B, T, H * E))
-        return out_BTD, cache
-
-
-class Mlp(nn.Module):
-    """SwiGLU, its rows weighted: down(silu(gate(x)) * up(x)) * w."""
-
-    config: VideoLLMConfig
-    execution: Execution
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array, weight_BT: jax.Array | None) -> jax.Array:
-        """[B, T, D] -> [B, T, D]; `weight_BT` is None where every weight is 1."""
-        mlp_size, hidden_size = self.config.decoder.mlp_size, x_BTD.shape[-1]
-        linears = (
-            (_linear(self.config, "gate", mlp_size, ("embed", "mlp")), hidden_size),
-            (_linear(self.config, "up", mlp_size, ("embed", "mlp")), hidden_size),
-            (_linear(self.config, "down", hidden_size, ("mlp", "embed")), mlp_size),
-        )
-        weights = tuple(linear.weights(inputs) for linear, inputs in linears)
-        shared = _shared_dropout_key([linear for linear, _ in linears[:2]])
-        keys = (shared, shared, linears[2][0].dropout_key())
-        return mlp.in_row_chunks(x_BTD, weight_BT, weights, keys, self.execution.mlp_rows)
+    def __call__(self) -> tuple[row_wise.Linears, row_wise.Keys]:
+        """Returns weights and dropout keys, by name."""
+        config = self.config
+        weights, keys = {}, {}
+        for name, (inputs, outputs, axes) in self.sizes.items():
+            linear = Linear(
+                features=outputs,
+                axes=axes,
+                use_bias=config.decoder.qkv_bias and name in ("q", "k", "v"),
+                lora=config.lora if config.lora.adapts(name) else None,
+                dtype=config.dtype,
+                param_dtype=config.param_dtype,
+                name=name,
+            )
+            weights[name], keys[name] = linear.weights(inputs), linear.dropout_key()
+        shared = next((keys[name] for name in self.same_rows if keys[name] is not None), None)
+        return weights, keys | dict.fromkeys(self.same_rows, shared)
 
 
 class Block(nn.Module):
-    """f of the paper's equation 2: what attention and MLP add to the residual stream.
+    """A decoder block; with a router, only what it adds to the residual stream, weighted.
 
-    With a router, the update comes out weighted. It is weighted here, and not by the caller, so
-    that rematerialisation of this function stores its compact input rows and nothing else.
+    Which is f of the paper's equation 2. It is weighted here, and not by the caller, so that
+    rematerialisation of this function stores its compact input rows and nothing else.
     """
 
     config: VideoLLMConfig
@@ -121,7 +102,7 @@ class Block(nn.Module):
         router: tuple[jax.Array, jax.Array, jax.Array] | None,
         cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Computes the update of M rows.
+        """Computes M rows.
 
         Args:
           x_BMD: rows of the residual stream.
@@ -130,28 +111,53 @@ class Block(nn.Module):
           cache: of this layer, or None.
 
         Returns:
-          update_BMD and the cache with the M rows appended.
+          [B, M, D], x + f(x) without a router and the update with one, and the cache with the M
+          rows appended.
         """
-        eps, param_dtype = self.config.decoder.norm_eps, self.config.param_dtype
-        normed_BMD = RMSNorm(eps, param_dtype, name="attention_norm")(x_BMD)
-        a_BMD, cache = Attention(self.config, self.execution, name="attention")(
-            normed_BMD, position_BM, cache
-        )
-        normed_BMD = RMSNorm(eps, param_dtype, name="mlp_norm")(x_BMD + a_BMD)
-        feed_forward = Mlp(self.config, self.execution, name="mlp")
-        if router is None or self.config.routing.weighting == "none":
-            return a_BMD + feed_forward(normed_BMD, None), cache
+        decoder, execution = self.config.decoder, self.execution
+        eps, param_dtype = decoder.norm_eps, self.config.param_dtype
+        B, M, D = x_BMD.shape
+        in_chunks = functools.partial(row_wise.in_row_chunks, rows_at_once=execution.row_chunk)
 
+        attention, keys = Linears.of_attention(self.config)()
+        scale_D = RMSNorm(eps, param_dtype, name="attention_norm").scale(D)
+        frequencies = rope_frequencies(decoder.head_dim, decoder.rope_theta, decoder.rope_scaling)
+        project = functools.partial(row_wise.project, eps=eps, frequencies=frequencies)
+        q_BMHE, k_BMGE, v_BMGE = in_chunks(
+            project, (x_BMD, position_BM), (scale_D, attention), keys
+        )
+        platform = current_platform()
+        kernels = choose_kernels(execution.kernels, platform, q_BMHE.dtype, decoder.head_dim)
+        if cache is None:
+            heads_BMHE = causal_attention(q_BMHE, k_BMGE, v_BMGE, kernels)
+        else:
+            start_B = cache.length_B
+            cache = cache.append(k_BMGE, v_BMGE, position_BM)
+            heads_BMHE = cached_attention(q_BMHE, cache, start_B, kernels)
+
+        gate_BM = self._gates(x_BMD, router)
+        mlp, mlp_keys = Linears.of_mlp(self.config)()
+        out_BMD = in_chunks(
+            functools.partial(row_wise.finish, eps=eps, residual=router is None),
+            (x_BMD, heads_BMHE.reshape(B, M, -1), gate_BM),
+            (RMSNorm(eps, param_dtype, name="mlp_norm").scale(D), attention | mlp),
+            keys | mlp_keys,
+        )
+        if gate_BM is not None and self.config.routing.weighting == "official":
+            out_BMD = out_BMD + (gate_BM - 1)[..., None].astype(x_BMD.dtype) * x_BMD
+        return out_BMD, cache
+
+    def _gates(
+        self, x_BMD: jax.Array, router: tuple[jax.Array, jax.Array, jax.Array] | None
+    ) -> jax.Array | None:
+        """What the updates are multiplied by, float32 [B, M]; None where all are 1."""
+        if router is None or self.config.routing.weighting == "none":
+            return None
         kernel_D, bias, is_vision_BM = router
         # Scores of the gathered rows are computed anew, so that their gradient needs no scatter of
         # scalars.
         score_BM = routing.router_scores(x_BMD, kernel_D) + bias
-        gate_BM = routing.token_gates(self.config.routing.weighting, score_BM, is_vision_BM)
-        gate_BM1 = gate_BM[..., None]
-        update_BMD = gate_BM1.astype(a_BMD.dtype) * a_BMD + feed_forward(normed_BMD, gate_BM)
-        if self.config.routing.weighting == "official":
-            update_BMD = update_BMD + (gate_BM1 - 1).astype(x_BMD.dtype) * x_BMD
-        return update_BMD, cache
+        return routing.token_gates(self.config.routing.weighting, score_BM, is_vision_BM)
 
 
 class Router(nn.Module):
@@ -202,13 +208,13 @@ class Layer(nn.Module):
         S, keep = x_BSD.shape[1], self.spec.keep
         N, settings = self.config.tokens_per_frame, self.config.routing
         if keep is None:
-            update_BSD, cache = block(x_BSD, position_BS, None, cache)
-            return x_BSD + update_BSD, cache, None
+            x_BSD, cache = block(x_BSD, position_BS, None, cache)
+            return x_BSD, cache, None
 
         kernel_D, bias = Router(self.config, name="router")()
         if frame_starts_BF.shape[1] == 0:
-            update_BSD, cache = block(x_BSD, position_BS, None, cache)
-            return x_BSD + update_BSD, cache, jnp.zeros((x_BSD.shape[0], 0, keep), jnp.int32)
+            x_BSD, cache = block(x_BSD, position_BS, None, cache)
+            return x_BSD, cache, jnp.zeros((x_BSD.shape[0], 0, keep), jnp.int32)
 
         B, F = frame_starts_BF.shape
         vision_BR = routing.vision_rows(frame_starts_BF, N)
@@ -277,9 +283,13 @@ class Decoder(nn.Module):
         x_BSD: jax.Array,
         position_BS: jax.Array,
         frame_starts_BF: jax.Array,
+        judged_BJ: jax.Array,
         caches: Caches | None,
     ) -> tuple[jax.Array, Caches | None, Kept]:
-        """Returns normed hidden states, the caches, and the kept offsets_BFK of every layer."""
+        """Returns what is judged, the caches, and the kept offsets_BFK of every layer.
+
+        The first are normed hidden states at indices `judged_BJ` of the sequence, [B, J, D].
+        """
         x_BSD = nn.with_logical_constraint(x_BSD, ("batch", "sequence", "residual"))
         if self.execution.scan:
             if caches is not None:
@@ -295,8 +305,9 @@ class Decoder(nn.Module):
                 kept.append(offsets)
                 new_caches.append(cache)
             caches = None if caches is None else tuple(new_caches)
+        x_BJD = jnp.take_along_axis(x_BSD, judged_BJ[:, :, None], axis=1)
         norm = RMSNorm(self.config.decoder.norm_eps, self.config.param_dtype, name="norm")
-        return norm(x_BSD), caches, tuple(kept)
+        return norm(x_BJD), caches, tuple(kept)
 
     def _scan(
         self, x_BSD: jax.Array, position_BS: jax.Array, frame_starts_BF: jax.Array

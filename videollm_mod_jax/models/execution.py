@@ -30,7 +30,7 @@ class Execution:
       kernels: what computes attention: `gpu`: cuDNN's flash attention; `tpu`: Splash; `xla`: blocks
         in plain XLA, on every platform; `auto`: the first of them that can serve. See
         `choose_kernels`.
-      mlp_rows: most rows of a sequence that an MLP computes at a time; 0 takes all of them. Each
+      row_chunk: most rows of a sequence that an MLP computes at a time; 0 takes all of them. Each
         chunk is recomputed in the backward pass, with `remat` (then nothing else of the MLP is) and
         without.
       vocab_chunk: logits of a position that the loss has in memory at a time; 0 takes all of them.
@@ -41,12 +41,12 @@ class Execution:
     scan: bool = False
     remat: bool = False
     kernels: str = "auto"
-    mlp_rows: int = 0
+    row_chunk: int = 0
     vocab_chunk: int = 0
 
     def __post_init__(self):
         require_choice("kernels", self.kernels, KERNELS)
-        for field in ("mlp_rows", "vocab_chunk"):
+        for field in ("row_chunk", "vocab_chunk"):
             size = getattr(self, field)
             require(size >= 0, f"{field} is {size}; expected 0 or more")
 

@@ -1,7 +1,7 @@
 """Linear, RMSNorm and the low-rank adapters that a Linear may carry.
 
-Parameters declare logical axis names (`embed`, `heads`, `kv_heads`, `mlp`, `vocab`, `lora_rank`,
-`layers`); what they mean on a mesh is said once, in `training/sharding.py`.
+Parameters declare logical axis names (`embed`, `heads`, `kv_heads`, `mlp`, `inner`, `embed_out`,
+`vocab`, `lora_rank`, `layers`); what they mean on a mesh is said once, in `training/sharding.py`.
 """
 
 from collections.abc import Mapping
@@ -32,11 +32,15 @@ class RMSNorm(nn.Module):
     eps: float
     param_dtype: Any
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
+        return rms_norm(x, self.scale(x.shape[-1]), self.eps)
+
+    @nn.compact
+    def scale(self, width: int) -> jax.Array:
+        """The scale [width], made where it is missing."""
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
-        return rms_norm(x, self.param("scale", init, (x.shape[-1],), self.param_dtype), self.eps)
+        return self.param("scale", init, (width,), self.param_dtype)
 
 
 @flax.struct.dataclass

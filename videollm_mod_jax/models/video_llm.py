@@ -193,9 +193,7 @@ class VideoLLM(nn.Module):
             position_BS = jnp.broadcast_to(
                 jnp.arange(x_BSD.shape[1], dtype=jnp.int32), x_BSD.shape[:2]
             )
-        hidden_BSD, caches, kept = self.decoder(x_BSD, position_BS, frame_starts_BF, caches)
-        judged_BJD = jnp.take_along_axis(hidden_BSD, logit_positions_BJ[:, :, None], axis=1)
-        return judged_BJD, caches, kept
+        return self.decoder(x_BSD, position_BS, frame_starts_BF, logit_positions_BJ, caches)
 
     def _tied_kernel(self) -> jax.Array | None:
         return self.embedding_VD.T if self.config.decoder.tie_embeddings else None

@@ -25,7 +25,7 @@ MAY_CHANGE = (
             "scan",
             "remat",
             "kernels",
-            "mlp_rows",
+            "row_chunk",
             "vocab_chunk",
             "sharding",
             "mesh",

@@ -78,12 +78,15 @@ def judge_in_chunks(
         start = jnp.minimum(first, V - vocab_chunk)
         logits_BJC = head.columns(start, vocab_chunk).from_rank(*inputs).astype(jnp.float32)
         column_C = start + jnp.arange(vocab_chunk)
-        logits_BJC = jnp.where(column_C >= first, logits_BJC, -jnp.inf)
         is_label_BJC = (column_C == labels_BJ[..., None]) & (column_C >= first)
+        # A product and a sum instead of `where`, whose constants JAX would take out of the loop, as
+        # large as a chunk of logits and in memory through the whole step.
+        label_BJ = (is_label_BJC * logits_BJC).sum(-1)
+        logits_BJC += jnp.where(column_C >= first, 0.0, -jnp.inf)
         frozen_BJC = jax.lax.stop_gradient(logits_BJC)
         return (
             jax.nn.logsumexp(logits_BJC, axis=-1),
-            jnp.where(is_label_BJC, logits_BJC, 0.0).sum(-1),
+            label_BJ,
             frozen_BJC.max(-1),
             start + frozen_BJC.argmax(-1),
         )

@@ -50,7 +50,7 @@ class TrainingConfig:
       microbatches: parts of a batch that are worked through one after the other.
       scan: scan over the decoder's layers (compiles fast) instead of unrolling them.
       remat: recompute decoder blocks in the backward pass (less memory, a third more work).
-      kernels, mlp_rows, vocab_chunk: see `models.Execution`.
+      kernels, row_chunk, vocab_chunk: see `models.Execution`.
       sharding: rule set of `training/sharding.py`: `replicate`, `fsdp` or `fsdp_tensor`.
       mesh: devices along data, fsdp and tensor; one may be -1, "the rest".
       log_every: updates between lines of `metrics.jsonl`.
@@ -72,7 +72,7 @@ class TrainingConfig:
     scan: bool
     remat: bool
     kernels: str
-    mlp_rows: int
+    row_chunk: int
     vocab_chunk: int
     sharding: str
     mesh: tuple[int, int, int]
@@ -116,7 +116,7 @@ class TrainingConfig:
             scan=self.scan,
             remat=self.remat,
             kernels=self.kernels,
-            mlp_rows=self.mlp_rows,
+            row_chunk=self.row_chunk,
             vocab_chunk=self.vocab_chunk,
         )
 

@@ -33,6 +33,8 @@ _REPLICATE: Rules = {
     "sequence": None,
     "residual": None,
     "embed": None,
+    "inner": None,
+    "embed_out": None,
     "vision": None,
     "heads": None,
     "kv_heads": None,
@@ -41,13 +43,16 @@ _REPLICATE: Rules = {
     "lora_rank": None,
     "layers": None,
 }
-_FSDP: Rules = dict.fromkeys(("embed", "lora_rank"), "fsdp")
-_TENSOR: Rules = dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), "tensor")
+# The projections back to the residual stream, [inner, embed_out], are split by rows where they can
+# be, as those to it are: a layer's weight, gathered along its first axis, needs no transposed copy,
+# and the stack of all layers none that lasts the whole step.
+_FSDP: Rules = dict.fromkeys(("embed", "lora_rank", "inner"), "fsdp")
+_TENSOR: Rules = dict.fromkeys(("heads", "kv_heads", "mlp", "vocab", "inner"), "tensor")
 
 RULES: Mapping[str, Rules] = {
     "replicate": _REPLICATE,
     "fsdp": {**_REPLICATE, **_FSDP},
-    "fsdp_tensor": {**_REPLICATE, **_FSDP, **_TENSOR},
+    "fsdp_tensor": {**_REPLICATE, **_FSDP, **_TENSOR, "embed_out": "fsdp"},
 }
 """By rule set: the mesh axes over which each logical axis is split."""
 
