@@ -15,8 +15,7 @@ OVERRIDES go to all parts: --config.data.batch_size=4.
 EOF
 }
 
-python=${PYTHON:-python}
-out='' model=llama3-8b rounds=10 dry_run=''
+python=${PYTHON:-python} out='' model=llama3-8b rounds=10 dry_run=''
 
 fail() { echo "error: $1; see --help" >&2; exit 2; }
 
@@ -63,6 +62,7 @@ ours=videollm_mod_jax.benchmark
 timed=(--rounds "$rounds")
 measure n10/train.json "$model" $ours train --frames 150 300 600 "${timed[@]}"
 measure n10/stream.json "$model" $ours stream --minutes 1 10 60 "${timed[@]}"
+measure int8/stream.json "$model" $ours stream --int8 --minutes 10 "${timed[@]}"
 measure n10/kernels.json "$model" $ours kernels "${timed[@]}"
 if [[ $model != tiny ]]; then
   measure n50/train.json "$model,50" $ours train "${timed[@]}"

@@ -115,6 +115,20 @@ def test_a_tied_head_reads_the_embedding_and_adapters_are_read():
     assert weights[2] == weights[0] + 4 * 4 * 2 * (32 + 32)
 
 
+def test_kernels_of_8_bits_are_read_as_such():
+    adapted = dataclasses.replace(
+        FULL, lora=LoraConfig(rank=2, alpha=2.0, dropout=0.0, targets=("q",))
+    )
+    plain, rounded = (
+        floors.append_work(config, CONTEXT, streams=1, frames=1, text=1, int8=int8).weight_bytes
+        for config, int8 in ((FULL, False), (adapted, True))
+    )
+    # Of float32, three bytes of four are gone; every output has a scale, and adapters are merged.
+    kernels = 4 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48) + 32 * 48
+    scales = 4 * (32 + 2 * 16 + 32 + 2 * 48 + 32) + 48
+    assert plain - rounded == 3 * kernels - 4 * scales
+
+
 def test_the_share_is_that_of_the_higher_floor():
     work = Work(flops=40, weight_bytes=6, cache_bytes=2)
     row = floors.measured(Timing((9.0, 10.0, 30.0)), work, Peaks(flops=10.0, bandwidth=4.0))
@@ -183,14 +197,15 @@ def test_settings_that_measure_nothing_are_refused(changes, message):
         dataclasses.replace(SETTINGS, **changes)
 
 
-@pytest.fixture(scope="module")
-def measured():
+@pytest.fixture(scope="module", params=[False, True], ids=["", "int8"])
+def measured(request):
+    settings = dataclasses.replace(SETTINGS, int8=request.param)
     _, data, _ = read_training(plain(cli.read_config("configs/digits.py", [])))
     data = dataclasses.replace(data, frames=4, text_tokens=9)
     announced = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "measured_peaks", lambda dtype: Peaks(flops=1e9, bandwidth=1e9))
-        result = streaming.benchmark_stream(tiny.CONFIG, data, "auto", SETTINGS, announced.append)
+        result = streaming.benchmark_stream(tiny.CONFIG, data, "auto", settings, announced.append)
     assert "1 x 0.05 min: 6 frames, 14 text" in announced
     return result
 
@@ -223,4 +238,5 @@ def test_the_result_is_written_with_what_it_depends_on(measured, tmp_path):
     assert written["shapes"]["text_tokens_per_frame"] == 9 / 4
     assert written["shapes"]["kept_by_layer"] == [None, 2, None, 2]
     titles = [table.title for table in stream_tables.tables(written)]
-    assert titles[0] == "1 x 0.05 min: 6 frames, 14 text tokens"
+    of_8_bits = ", weights of 8 bits" if written["shapes"]["int8"] else ""
+    assert titles[0] == "1 x 0.05 min: 6 frames, 14 text tokens" + of_8_bits

@@ -142,6 +142,11 @@ def test_the_computer_at_hand_does_not_stand_for_an_accelerator():
     assert table["step time on a CPU, MoD / full"][1:3] == ["0.640 (floor 0.600)", "met"]
 
 
+def test_weights_of_8_bits_do_not_stand_for_those_as_they_are():
+    table = lines({**STREAM, "shapes": {**STREAM["shapes"], "int8": True}})
+    assert table["frames per second at 10 minutes (full, MoD)"][1] == "not measured"
+
+
 def test_the_page_lies_beside_the_results_and_links_them(tmp_path, capsys):
     report_file = tmp_path / "h200" / "train.json"
     report_file.parent.mkdir()

@@ -171,6 +171,20 @@ def test_a_scanned_step_costs_what_the_unrolled_one_costs():
     assert 0.7 < unrolled.flops / counts[False].flops_loops_once <= 1
 
 
+def test_a_program_that_jaxlib_cannot_read_says_which_compiler_fits():
+    """As libtpu 0.0.52 makes them for v5p, beside jaxlib 0.10.2."""
+
+    class Unreadable:
+        def compile(self):
+            return self
+
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure async-update")
+
+    with pytest.raises(UserError, match=rf'pip install "jax\[tpu\]=={jax.__version__}"'):
+        compiled.compile_program(Unreadable(), compiled.find_target("cpu:1"))
+
+
 def test_operations_are_those_of_the_traced_program():
     run, lowered, batch = compile_tiny(scan=True, microbatches=2, remat=False)
     traced = jax.make_jaxpr(run.train_step)(*run.target, batch)
@@ -314,7 +328,7 @@ def test_an_unknown_topology_is_an_error_with_examples(topology):
 
 def test_without_the_compiler_there_is_a_plain_line(monkeypatch):
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install libtpu"):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[tpu\]"'):
         compiled.find_target("v5e:4x4")
 
 

@@ -151,6 +151,7 @@ def _stream(
         new_tokens=arguments.new_tokens,
         rounds=arguments.rounds,
         warmup=arguments.warmup,
+        int8=arguments.int8,
     )
     return benchmark_stream(model, data, training.kernels, settings, announce)
 
@@ -234,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         help="that advance together; more than one behind the middle one of the minutes (1)",
     )
     stream.add_argument("--new-tokens", type=_positive, default=32, help="of an answer (32)")
+    cli.add_int8_argument(stream)
     add_rounds(stream)
     parts = add("kernels", "time attention, layers and routing apart, at the shapes of the config")
     parts.add_argument(

@@ -23,6 +23,7 @@ from videollm_mod_jax.models import (
     layer_capacities,
 )
 from videollm_mod_jax.models.flops import flops, kv_cache_bytes, training_flops
+from videollm_mod_jax.streaming.int8 import quantize_variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,13 @@ def measured(timing: Timing, work: Work, peaks: Peaks) -> dict[str, Any]:
 
 
 def append_work(
-    config: VideoLLMConfig, context: Context, *, streams: int, frames: int, text: int
+    config: VideoLLMConfig,
+    context: Context,
+    *,
+    streams: int,
+    frames: int,
+    text: int,
+    int8: bool = False,
 ) -> Work:
     """Work of one append to several streams: text tokens, frames, then one row of logits.
 
@@ -67,6 +74,7 @@ def append_work(
       context: what each stream has seen before.
       streams: B.
       frames, text: that are appended to each.
+      int8: the decoder's weights are rounded to 8 bits.
     """
     decoder = config.decoder
     filled = layer_capacities(config, context.text, context.frames)
@@ -83,7 +91,7 @@ def append_work(
         unread.add("embedding")
     return Work(
         flops=streams * step,
-        weight_bytes=_bytes_without(config, unread),
+        weight_bytes=_bytes_without(config, unread, int8),
         cache_bytes=streams * moved,
     )
 
@@ -158,9 +166,9 @@ def cached_attention_work(config: VideoLLMConfig, length: int, new: int) -> Work
     )
 
 
-def stored_bytes(config: VideoLLMConfig, *, tower: bool) -> int:
+def stored_bytes(config: VideoLLMConfig, *, tower: bool, int8: bool = False) -> int:
     """Bytes of all weights, with or without those of the vision tower."""
-    return _bytes_without(config, set() if tower else {"vision"})
+    return _bytes_without(config, set() if tower else {"vision"}, int8)
 
 
 def tower_work(config: VideoLLMConfig, images: int) -> Work:
@@ -195,16 +203,24 @@ def _linear_work(rows: int, *, base: int, adapters: int, trainable: str) -> tupl
     return Work(flops=forward), Work(flops=2 * forward + weight_gradients)
 
 
-def _bytes_without(config: VideoLLMConfig, unread: set[str]) -> int:
+def _bytes_without(config: VideoLLMConfig, unread: set[str], int8: bool = False) -> int:
     """Bytes of all variables but those below one of these names."""
-    return sum(size for names, size in _sizes(config) if not unread & names)
+    return sum(size for names, size in _sizes(config, int8) if not unread & names)
 
 
 @functools.cache
-def _sizes(config: VideoLLMConfig) -> tuple[tuple[frozenset[str], int], ...]:
+def _sizes(config: VideoLLMConfig, int8: bool) -> tuple[tuple[frozenset[str], int], ...]:
     """Of every variable the names on its path, and its bytes. Tracing a large model takes long."""
-    variables = jax.eval_shape(lambda: init_variables(VideoLLM(config), jax.random.key(0)))
+
+    def make() -> dict[str, Any]:
+        variables = init_variables(VideoLLM(config), jax.random.key(0))
+        return quantize_variables(config, variables)[1] if int8 else variables
+
     return tuple(
-        (frozenset(entry.key for entry in path), leaf.size * leaf.dtype.itemsize)
-        for path, leaf in jax.tree.leaves_with_path(variables)
+        (
+            # The parts of a quantized kernel are attributes and have no key.
+            frozenset(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)),
+            leaf.size * leaf.dtype.itemsize,
+        )
+        for path, leaf in jax.tree.leaves_with_path(jax.eval_shape(make))
     )

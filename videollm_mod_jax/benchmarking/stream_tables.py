@@ -33,7 +33,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         for row in result["tower"]
     }
     return [
-        *(_step_table(row) for row in result["steps"]),
+        *(_step_table(row, result["shapes"]["int8"]) for row in result["steps"]),
         report.table("growth with the stream", COLUMNS, growth),
         report.table("memory of the frame step", COLUMNS, memory),
         report.table("vision tower", ("ms", "share of the floor, %", "frames/s"), tower),
@@ -47,7 +47,7 @@ def cells(row: Mapping[str, Any], key: str, scale: float) -> tuple[str, str, str
     return f"{scale * full:.4g}", f"{scale * mod:.4g}", ratio
 
 
-def _step_table(row: Mapping[str, Any]) -> Table:
+def _step_table(row: Mapping[str, Any], int8: bool) -> Table:
     rows = {}
     for name in ("frame", "token"):
         step = row[name]
@@ -59,6 +59,8 @@ def _step_table(row: Mapping[str, Any]) -> Table:
         rate = {side: {"rate": row["streams"] / step[side]["median"]} for side in ("full", "mod")}
         rows[f"{name}s/s, all streams"] = cells(rate, "rate", 1)
     title = f"{_length(row)}: {row['frames']} frames, {row['text_tokens']} text tokens"
+    if int8:
+        title += ", weights of 8 bits"
     return report.table(title, COLUMNS, rows)
 
 

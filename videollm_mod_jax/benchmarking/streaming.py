@@ -32,6 +32,7 @@ from videollm_mod_jax.models import (
 )
 from videollm_mod_jax.models.flops import kv_cache_bytes
 from videollm_mod_jax.streaming import engine
+from videollm_mod_jax.streaming.int8 import quantize_variables
 from videollm_mod_jax.streaming.triggers import breaks_silence
 
 IMAGES = (1, 8)
@@ -49,6 +50,7 @@ class StreamSettings:
       new_tokens: of an answer, generated in one call.
       rounds: timed calls of every step; their medians are reported.
       warmup: calls before them.
+      int8: round the decoder's weights of both variants to 8 bits, adapters merged.
     """
 
     minutes: tuple[float, ...]
@@ -57,6 +59,7 @@ class StreamSettings:
     new_tokens: int
     rounds: int
     warmup: int
+    int8: bool = False
 
     def __post_init__(self):
         for name in ("minutes", "streams"):
@@ -118,7 +121,7 @@ class Streams:
         )
         return np.asarray(tokens_BT)
 
-    def memory(self) -> dict[str, int]:
+    def memory(self, int8: bool) -> dict[str, int]:
         """Bytes that the frame step needs: as counted, as allocated, as the compiler says."""
         config, caches = self._model.config, self._state.caches
         program = engine.append_frame.lower(*self._frame_arguments()).compile().memory_analysis()
@@ -126,7 +129,7 @@ class Streams:
         return {
             "counted_cache_bytes": len(self._prefix_BT) * per_stream,
             "cache_bytes": sum(cache.k_BGCE.nbytes + cache.v_BGCE.nbytes for cache in caches),
-            "weight_bytes": floors.stored_bytes(config, tower=False),
+            "weight_bytes": floors.stored_bytes(config, tower=False, int8=int8),
             "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._state)),
             "input_bytes": self._prefix_BT.nbytes + self._features_BNW.nbytes,
             "argument_bytes": program.argument_size_in_bytes,
@@ -173,11 +176,14 @@ def benchmark_stream(
         count: settings.room(settings.context(lengths[-1], data)) for count, lengths in runs.items()
     }
     for streams, room in rooms.items():
-        _check_memory(configs, room, streams)
+        _check_memory(configs, room, streams, settings.int8)
     announce("measuring the device and drawing weights")
     peaks = device.measured_peaks(config.dtype)
+    variables = init_variables(VideoLLM(config), jax.random.key(0))
+    if settings.int8:
+        config, variables = quantize_variables(config, variables)
+        configs = variants(config)
     models = {name: VideoLLM(each, Execution(kernels=kernels)) for name, each in configs.items()}
-    variables = init_variables(models["mod"], jax.random.key(0))
     steps, memory = [], []
     for streams, lengths in runs.items():
         for minutes in lengths:
@@ -192,13 +198,15 @@ def benchmark_stream(
             steps.append(row | measure_steps(configs, sides, context, streams, settings, peaks))
             if minutes == lengths[-1]:
                 room = {"streams": streams} | dataclasses.asdict(rooms[streams])
-                memory.append(room | {name: side.memory() for name, side in sides.items()})
+                memory.append(
+                    room | {name: side.memory(settings.int8) for name, side in sides.items()}
+                )
             # Before the next are filled: the caches of two lengths need not fit at once.
             del sides
     announce("the vision tower")
     return {
         "settings": dataclasses.asdict(settings),
-        "shapes": shapes(config, data, kernels),
+        "shapes": shapes(config, data, kernels) | {"int8": settings.int8},
         "peaks": dataclasses.asdict(peaks),
         "steps": steps,
         "growth": growth([row for row in steps if row["streams"] == 1]),
@@ -274,10 +282,14 @@ def measure_steps(
     )
     out: dict[str, Any] = {"frame": {}, "token": {}}
     for name, config in configs.items():
-        work = floors.append_work(config, at_frame, streams=streams, frames=1, text=1)
+        work = floors.append_work(
+            config, at_frame, streams=streams, frames=1, text=1, int8=settings.int8
+        )
         out["frame"][name] = measured(frames[name], work, peaks)
         each = Timing(tuple(s / settings.new_tokens for s in answers[name].seconds))
-        work = floors.append_work(config, at_token, streams=streams, frames=0, text=1)
+        work = floors.append_work(
+            config, at_token, streams=streams, frames=0, text=1, int8=settings.int8
+        )
         out["token"][name] = measured(each, work, peaks)
     for step in out.values():
         step["ratio"] = step["mod"]["median"] / step["full"]["median"]
@@ -298,9 +310,11 @@ def _tower(
     return out
 
 
-def _check_memory(configs: Mapping[str, VideoLLMConfig], room: Context, streams: int) -> None:
+def _check_memory(
+    configs: Mapping[str, VideoLLMConfig], room: Context, streams: int, int8: bool
+) -> None:
     limit = device.describe()["memory_bytes"]
-    needed = floors.stored_bytes(configs["mod"], tower=True) + streams * sum(
+    needed = floors.stored_bytes(configs["mod"], tower=True, int8=int8) + streams * sum(
         kv_cache_bytes(config, room.frames, room.text, config.dtype) for config in configs.values()
     )
     if limit is not None and needed > limit:

@@ -174,8 +174,13 @@ def _routing(result: Result) -> Iterator[Figure]:
 def _frames(
     result: Result, minutes: float, platforms: tuple[str, ...] = ACCELERATORS
 ) -> Iterator[Mapping[str, Any]]:
-    """The frame step of one stream behind so many minutes, of `benchmark stream`."""
-    if result["benchmark"] == "stream" and result["device"]["platform"] in platforms:
+    """The frame step of one stream behind so many minutes, of `benchmark stream`.
+
+    With weights as they are: those of 8 bits have a floor of their own.
+    """
+    if result["benchmark"] != "stream" or result["shapes"].get("int8"):
+        return
+    if result["device"]["platform"] in platforms:
         for row in result["steps"]:
             if row["minutes"] == minutes and row["streams"] == 1:
                 yield row

@@ -8,11 +8,26 @@ import jax
 import jax.numpy as jnp
 import qwix
 
-from videollm_mod_jax.models import NO_LORA, merge_lora
+from videollm_mod_jax.models import NO_LORA, VideoLLMConfig, merge_lora
 from videollm_mod_jax.training.checkpoint import LoadedModel
 
 
 def quantize(model: LoadedModel) -> LoadedModel:
+    """The same model, rounded as by `quantize_variables`.
+
+    Args:
+      model: any; it is left as it was. Drop it to have its memory.
+
+    Returns:
+      A model that can stream and be evaluated, but neither trained nor saved.
+    """
+    config, variables = quantize_variables(model.config, model.variables)
+    return dataclasses.replace(model, config=config, variables=variables)
+
+
+def quantize_variables(
+    config: VideoLLMConfig, variables: Mapping[str, Any]
+) -> tuple[VideoLLMConfig, dict[str, Any]]:
     """Rounds the kernels of the decoder and its output head to 8 bits, one scale per output.
 
     ```
@@ -24,13 +39,12 @@ def quantize(model: LoadedModel) -> LoadedModel:
     tower stay as they are, and so does a tied output head, which is the embedding.
 
     Args:
-      model: any; it is left as it was. Drop it to have its memory.
+      config: the model.
+      variables: its variables, layers not stacked.
 
     Returns:
-      The same model, whose large kernels are `qwix.QArray`s. It can stream and be evaluated, but
-      neither trained nor saved.
+      The model without adapters, and its variables, whose large kernels are `qwix.QArray`s.
     """
-    variables, config = model.variables, model.config
     if config.lora.rank:
         variables = merge_lora(variables, config.lora)
         config = dataclasses.replace(config, lora=NO_LORA)
@@ -38,7 +52,7 @@ def quantize(model: LoadedModel) -> LoadedModel:
     for part in ("decoder", "lm_head"):
         if part in params:
             params[part] = _with_kernels(params[part])
-    return dataclasses.replace(model, config=config, variables={**variables, "params": params})
+    return config, {**variables, "params": params}
 
 
 def _with_kernels(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def find_target(topology: str) -> Target:
         return Target(topology, gpu.find_gpus(chip, int(shape)), chip)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"compiling for {topology} needs the TPU compiler, not a TPU: pip install libtpu"
+            f'compiling for {topology} needs the TPU compiler, not a TPU: pip install -e ".[tpu]", '
+            "which takes the libtpu that fits the installed jax"
         )
     # No metadata server need be asked for a TPU, and another process may hold libtpu.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -155,13 +156,25 @@ def abstract_batch(
 
 
 def compile_program(lowered: jax.stages.Lowered, target: Target) -> Program:
-    """Compiles for a target, and reads memory and cost; too large is an answer, too."""
+    """Compiles for a target, and reads memory and cost; too large is an answer, too.
+
+    Raises:
+      UserError: the compiler is so much newer than JAX that JAX cannot read what it made.
+    """
     try:
         compiled = lowered.compile(*([gpu.COMPILER_OPTIONS] if target.platform == "gpu" else []))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return refused(str(error))
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"jaxlib cannot read the program that the compiler for {target.topology} made "
+            f"({'; '.join(f'{name} {version}' for name, version in versions().items())}); install "
+            f'the compiler that fits: pip install "jax[tpu]=={jax.__version__}"'
+        ) from error
     memory = compiled.memory_analysis()
     peak = memory.peak_memory_in_bytes
     if target.chip is None:
@@ -171,7 +184,7 @@ def compile_program(lowered: jax.stages.Lowered, target: Target) -> Program:
         fits=True,
         peak_bytes=peak,
         argument_bytes=memory.argument_size_in_bytes,
-        cost=hlo.cost(compiled.as_text()),
+        cost=hlo.cost(text),
         flops_loops_once=(compiled.cost_analysis() or {}).get("flops"),
     )
 
