@@ -6,8 +6,8 @@ r"""Compiles a config's training step for hardware that need not be here, and sa
 
 The step is the very one that `train` runs. Memory and operations are read from the compiled
 program; times are estimates from the chip's peaks. Any key of the config can be overridden:
---config.training.microbatches=4. TPU topologies need `pip install -e ".[tpu]"` and no TPU; GPUs need
-`pip install jax-cuda12-plugin jax-cuda12-pjrt` and no GPU.
+--config.training.microbatches=4. TPU topologies need `pip install -e ".[tpu]"` and no TPU; GPUs
+need `pip install jax-cuda12-plugin jax-cuda12-pjrt` and no GPU.
 """
 
 import argparse
