@@ -17,12 +17,13 @@ import av
 import numpy as np
 
 from videollm_mod_jax import cli
-from videollm_mod_jax.data.video import Frame, read_video, write_video
+from videollm_mod_jax.data.video import Frame, read_video, video_writer
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.models import full_computation
+from videollm_mod_jax.models import VideoLLMConfig, full_computation
 from videollm_mod_jax.models.flops import kv_cache_bytes
 from videollm_mod_jax.streaming.ahead import DEPTH, ahead
 from videollm_mod_jax.streaming.int8 import quantize
+from videollm_mod_jax.streaming.kept import describe_kept, draw_kept, routed_layers
 from videollm_mod_jax.streaming.narrate import Caption, draw_narration
 from videollm_mod_jax.streaming.session import StreamingSession
 from videollm_mod_jax.training.checkpoint import LoadedModel, load_model
@@ -179,6 +180,8 @@ def _run(arguments: argparse.Namespace) -> None:
         _check_questions(questions, arguments.video, arguments.fps)
     step = cli.chosen_step(arguments.checkpoint, arguments.step)
     model = load_model(arguments.checkpoint, step=step)
+    if arguments.show_routing is not None:
+        routed_layers(model.config)
     if arguments.int8:
         model = quantize(model)
     session = StreamingSession(
@@ -193,16 +196,22 @@ def _run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     began = time.perf_counter()
-    waits = _play(session, questions, arguments)
+    waits = _play(session, model.config, questions, arguments)
     print(report(session, model, waits, time.perf_counter() - began))
-    if arguments.out is not None:
-        print(f"wrote {arguments.out}")
+    if arguments.show_routing is not None:
+        print(describe_kept(session.kept_tokens(), model.config))
+    for file in (arguments.out, arguments.show_routing):
+        if file is not None:
+            print(f"wrote {file}")
 
 
 def _play(
-    session: StreamingSession, questions: Sequence[Question], arguments: argparse.Namespace
+    session: StreamingSession,
+    config: VideoLLMConfig,
+    questions: Sequence[Question],
+    arguments: argparse.Namespace,
 ) -> list[float]:
-    """Shows the video and writes what `--out` asks for; the seconds that each frame was waited for.
+    """Shows the video and writes what is asked for; the seconds that each frame was waited for.
 
     Three threads: frames are decoded and encoded, the model sees them, pictures are drawn and
     compressed.
@@ -212,12 +221,26 @@ def _play(
         frames = session.encode_ahead(read_video(arguments.video, arguments.fps))
         threads.enter_context(contextlib.closing(frames))
         narrated = narrate(session, frames, questions, arguments.fps, _say, waits)
-        if arguments.out is None:
+        out, show_routing = arguments.out, arguments.show_routing
+        if out is None and show_routing is None:
             collections.deque(narrated, maxlen=0)
             return waits
-        narrated = threads.enter_context(contextlib.closing(ahead(narrated, DEPTH)))
-        pictures = (draw_narration(frame.image, frame.time, said) for frame, said in narrated)
-        write_video(arguments.out, pictures, arguments.fps)
+        # Read in the thread of the model, before it sees the next frame.
+        seen = (
+            (frame, said, session.kept_tokens(first=-1)[:, 0] if show_routing else None)
+            for frame, said in narrated
+        )
+        seen = threads.enter_context(contextlib.closing(ahead(seen, DEPTH)))
+        write, write_routing = (
+            file and threads.enter_context(video_writer(file, arguments.fps))
+            for file in (out, show_routing)
+        )
+        for frame, said, kept_LN in seen:
+            if write:
+                write(draw_narration(frame.image, frame.time, said))
+            if write_routing:
+                picture = draw_kept(frame.image, kept_LN, config)
+                write_routing(draw_narration(picture, frame.time, said))
     return waits
 
 
@@ -265,6 +288,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--ask", action="append", default=[], metavar='"SECONDS: QUESTION"', help="ask in "
         'mid-stream, such as "12.5: How many digits so far?"; may be repeated')  # fmt: skip
     add("--out", metavar="FILE.mp4", help="write the video with its narration drawn below it")
+    add("--show-routing", metavar="FILE.mp4", help="write the video with the patches of every "
+        "frame that its routed layers keep")  # fmt: skip
     add("--silence-threshold", type=float, metavar="P", help="speak where the probability of "
         "silence is below P in [0, 1]; by default where silence is not the likeliest")  # fmt: skip
     add("--temperature", type=float, default=0.0, help="0 is greedy; more samples answers")

@@ -1,8 +1,9 @@
 """Reads frames of any video at n frames per second, and writes H.264, both by PyAV (FFmpeg)."""
 
+import contextlib
 import fractions
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import av
@@ -62,12 +63,23 @@ def read_video(
 def write_video(
     path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float, crf: int = 12
 ) -> None:
-    """Writes H.264 (yuv420p) that every browser plays; the file appears when it is complete.
+    """Writes (F, H, W, 3) uint8 RGB, or an iterator of such frames, as by `video_writer`."""
+    with video_writer(path, fps, crf) as write:
+        for image in frames:
+            write(image)
+
+
+@contextlib.contextmanager
+def video_writer(
+    path: str | os.PathLike, fps: float, crf: int = 12
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function that adds a frame to a video: H.264 (yuv420p), which every browser plays.
+
+    The file appears when it is complete. Frames are (H, W, 3) uint8 RGB of one size; an odd height
+    or width is padded by repeating its last line, as yuv420p needs even ones.
 
     Args:
       path: the .mp4 (or .mkv) to write.
-      frames: (F, H, W, 3) uint8 RGB, or an iterator of such frames of one size; an odd height or
-        width is padded by repeating its last line, as yuv420p needs even ones.
       fps: frames per second.
       crf: x264's constant rate factor: 0 loses only what yuv420p does, 12 is hard to tell from the
         original, 23 is x264's default.
@@ -77,7 +89,9 @@ def write_video(
     """
     with files.written_aside(path) as aside, av.open(os.fspath(aside), "w") as container:
         stream = None
-        for image in frames:
+
+        def write(image: np.ndarray) -> None:
+            nonlocal stream
             odd = (image.shape[0] % 2, image.shape[1] % 2)
             image = np.pad(image, ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
             if stream is None:
@@ -88,6 +102,8 @@ def write_video(
                 stream.options = {"crf": str(crf)}
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             container.mux(stream.encode(frame))
+
+        yield write
         if stream is None:
             raise UserError(f"{path}: expected 1 frame or more to write, found none")
         container.mux(stream.encode())

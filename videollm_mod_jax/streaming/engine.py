@@ -188,6 +188,33 @@ def append_frame(
     )
 
 
+@functools.partial(jax.jit, static_argnames="tokens_per_frame")
+def kept_tokens(caches: Caches, frame_positions_F: jax.Array, tokens_per_frame: int) -> jax.Array:
+    """Which tokens of a stream's frames every layer computed, as its cache remembers.
+
+    ```
+    position of a cache   0 1 2 3 7 9 EMPTY      a routed layer: text at 0 and 7
+    frames at 1 and 8, N = 4                     x x x .   . x . .
+    ```
+
+    Args:
+      caches: of one stream.
+      frame_positions_F: int32 stream position of every frame's first token.
+      tokens_per_frame: N.
+
+    Returns:
+      bool [L, F, N].
+    """
+    position_FN = frame_positions_F[:, None] + jnp.arange(tokens_per_frame)
+
+    def holds(position_C: jax.Array) -> jax.Array:
+        # A layer that computes no vision tokens may have no slots at all.
+        slot_FN = jnp.searchsorted(position_C, position_FN)
+        return jnp.append(position_C, EMPTY)[slot_FN] == position_FN
+
+    return jnp.stack([holds(cache.position_BC[0]) for cache in caches])
+
+
 def _generate(
     model, variables, state, answers_B, key_data_BK, *, eos_id, max_new_tokens, temperature
 ):

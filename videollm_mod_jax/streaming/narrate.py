@@ -65,8 +65,8 @@ def draw_narration(image_HWC: np.ndarray, time: float, captions: Sequence[Captio
     picture = Image.fromarray(image_HWC).resize(
         (width * scale, height * scale), Image.Resampling.NEAREST
     )
-    font = _font(min(max(picture.width // 26, 15), 32))
-    row, margin = int(font.size * 1.4), font.size // 2
+    letters = font(min(max(picture.width // 26, 15), 32))
+    row, margin = int(letters.size * 1.4), letters.size // 2
     panel_height = margin * 2 + row * (ROWS + 1)
     canvas = Image.new(
         "RGB",
@@ -76,10 +76,10 @@ def draw_narration(image_HWC: np.ndarray, time: float, captions: Sequence[Captio
     canvas.paste(picture, (0, 0))
     draw = ImageDraw.Draw(canvas)
     y = picture.height + margin
-    draw.text((margin, y), f"{time:.1f} s", font=font, fill=_TIME)
-    for line, colour in _latest_rows(captions, font, canvas.width - 2 * margin):
+    draw.text((margin, y), f"{time:.1f} s", font=letters, fill=_TIME)
+    for line, colour in _latest_rows(captions, letters, canvas.width - 2 * margin):
         y += row
-        draw.text((margin, y), line, font=font, fill=colour)
+        draw.text((margin, y), line, font=letters, fill=colour)
     return np.asarray(canvas)
 
 
@@ -121,7 +121,8 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The letters of all pictures."""
     # matplotlib ships DejaVu Sans, which has Latin, Greek and Cyrillic letters on every machine.
     path = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     return ImageFont.truetype(path, size)

@@ -128,6 +128,8 @@ class StreamingSession:
         self._opening = dialogue.opening(system, self._tokenizer.bos)
         self._stream_open = False
         self._frames = self._text = 0
+        # Of every frame seen, the stream position of its first token.
+        self._frame_positions: list[int] = []
         # The latest time reached, by a frame or a question, and by a frame.
         self._time, self._frame_time = 0.0, -math.inf
         first = self._encode_text(self._opening + dialogue.STREAM_OPEN)
@@ -147,6 +149,26 @@ class StreamingSession:
         """Bytes that a silent frame adds to the caches: its kept tokens and the interval token."""
         config = self._model.config
         return kv_cache_bytes(config, 1, 1, config.dtype)
+
+    def kept_tokens(self, first: int = 0) -> np.ndarray:
+        """Which tokens of the frames seen every layer computed; it waits for the device.
+
+        A routed layer computed, and caches, its K best; a dense one all of them.
+
+        Args:
+          first: the first frame that is asked about; -1 is the last one seen.
+
+        Returns:
+          bool [L, F, N], a frame's tokens in their order: the CLS token, if the model has one, then
+          the patches row by row.
+        """
+        return np.asarray(
+            engine.kept_tokens(
+                self._state.caches,
+                np.array(self._frame_positions[first:], np.int32),
+                self._model.config.tokens_per_frame,
+            )
+        )
 
     def encode(self, frame: Frame) -> EncodedFrame:
         """Gives a frame to the vision tower, without waiting for it. Changes nothing here.
@@ -311,6 +333,8 @@ class StreamingSession:
             self._model, self._variables, self._state, prefix_1T, features_BNW
         )
         self._text += len(prefix)
+        tokens = self._frames * self._model.config.tokens_per_frame
+        self._frame_positions.append(self._text + tokens)
         self._frames += 1
 
     def _breaks_silence(self) -> jax.Array:
@@ -355,3 +379,4 @@ class StreamingSession:
         self._state = self._state.replace(logits_BV=logits_1V)
         self._generate()
         self._frames = self._text = 0
+        self._frame_positions = []
