@@ -93,5 +93,11 @@ def get_config() -> ml_collections.ConfigDict:
         "answer_tokens": 16,
     }
 
-    config.study = {"seeds": (0, 1, 2), "rounds": 12, "warmup": 2, "stream_frames": 600}
+    config.study = {
+        "pretraining_steps": 1000,
+        "seeds": (0, 1, 2),
+        "rounds": 12,
+        "warmup": 2,
+        "stream_frames": 600,
+    }
     return config

@@ -31,7 +31,7 @@ def test_every_digit_spans_four_patches_wherever_it_trembles():
                 first = PATCH_START = digit_scenes.PATCH * thing.cell[axis]
                 inside = thing.corner[axis] - first
                 # Of 12 pixels, 3 or more on either side of the grid line, tremble included.
-                assert 3 <= inside - 1
+                assert inside - 1 >= 3
                 assert inside + 1 <= 9
                 assert PATCH_START + 2 * digit_scenes.PATCH <= digit_scenes.CANVAS
 
@@ -132,11 +132,7 @@ def test_questions_are_about_the_frame_before():
 
 def test_turned_scans_come_and_go_and_are_never_named():
     turned = [
-        thing
-        for scene in scenes()
-        for things in scene.things_F
-        for thing in things
-        if thing.turned
+        thing for scene in scenes() for things in scene.things_F for thing in things if thing.turned
     ]
     assert {thing.digit for thing in turned} == set(digit_scenes.SIDEWAYS)
 

@@ -55,7 +55,8 @@ from videollm_mod_jax.training.checkpoint import read_json, write_json
 
 TASK = "digits_scenes"
 RUNS, RESULT, START = "runs", "result.json", "start"
-MEASURED, BASELINES, HERE, REPORT = "measured.json", "baselines.json", "devices.json", "report.md"
+MEASURED, BASELINES, HERE = "measured.json", "baselines.json", "devices.json"
+LOG, REPORT = "workers.log", "report.md"
 
 Table = Mapping[str, Any]
 
@@ -90,7 +91,8 @@ def study(
     ]
     if jobs:
         _run_all(table, workdir, jobs, workers, console)
-    if not (workdir / MEASURED).exists():
+    measured = _read_if(workdir / MEASURED)
+    if measured is None or measured["variants"].keys() != set(_to_measure(table, workdir)):
         console.print("measuring what every variant costs")
         _in_process(_measure, table, workdir)
     _add_seconds(workdir, time.perf_counter() - began)
@@ -179,7 +181,7 @@ def _run_all(
     workers = min(workers or len(slots), len(jobs))
     write_json(workdir / HERE, here | {"workers": workers})
     began = time.perf_counter()
-    with _pool(workers, [slots[i % len(slots)] for i in range(workers)]) as pool:
+    with _pool(workdir, workers, [slots[i % len(slots)] for i in range(workers)]) as pool:
         waiting = {pool.submit(_run, table, workdir, *job): job for job in jobs}
         try:
             for done, future in enumerate(as_completed(waiting), 1):
@@ -215,29 +217,33 @@ def _slots(here: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _pool(workers: int, slots: Sequence[tuple[str, str]]) -> Iterator[ProcessPoolExecutor]:
+def _pool(
+    workdir: Path, workers: int, slots: Sequence[tuple[str, str]]
+) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     for slot in slots:
         queue.put(slot)
-    with ProcessPoolExecutor(workers, context, _start_worker, (queue,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (queue, workdir / LOG)) as pool:
         yield pool
 
 
-def _in_process(function: Any, *arguments: Any) -> Any:
+def _in_process(function: Any, table: Table, workdir: Path) -> Any:
     """Calls a function in a process of its own, which holds devices no longer than it runs."""
-    with _pool(1, [("", "")]) as pool:
-        return pool.submit(function, *arguments).result()
+    with _pool(workdir, 1, [("", "")]) as pool:
+        return pool.submit(function, table, workdir).result()
 
 
-def _start_worker(queue: Any) -> None:
-    """Gives a process its device, before JAX looks for any, and silences what it prints."""
+def _start_worker(queue: Any, log: Path) -> None:
+    """Gives a process its device, before JAX looks for any, and a file for what it prints."""
     kind, number = queue.get()
     if kind == "cpu":
         os.sched_setaffinity(0, {int(number)})
     elif kind:
         os.environ[kind] = number
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    printed = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for stream in (1, 2):
+        os.dup2(printed, stream)
 
 
 def _cache_programs(workdir: Path) -> None:
@@ -321,13 +327,25 @@ def _run(table: Table, workdir: Path, name: str, seed: int) -> dict[str, Any]:
     return result
 
 
+def _to_measure(table: Table, workdir: Path) -> list[str]:
+    """Full computation, with which all are compared, and the variants that were run."""
+    settings, experiment = read(table)
+    return [
+        name
+        for name in variants(experiment.model)
+        if name == FULL
+        or any(_result_path(workdir, name, seed).exists() for seed in settings.seeds)
+    ]
+
+
 def _measure(table: Table, workdir: Path) -> None:
     _cache_programs(workdir)
     settings, experiment = read(table)
     learnt = _held(json.dumps(table), workdir, TRAIN, False)
+    known = variants(experiment.model)
     models = {
-        name: _sized(variant.model(experiment.model), learnt)
-        for name, variant in variants(experiment.model).items()
+        name: _sized(known[name].model(experiment.model), learnt)
+        for name in _to_measure(table, workdir)
     }
     measured = measure_all(
         models, experiment.data, experiment.training, settings, announce=lambda text: None
