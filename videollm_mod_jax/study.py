@@ -139,6 +139,9 @@ def write_report(table: Table, workdir: Path) -> None:
         f"{len(known)} variants with seeds {', '.join(map(str, settings.seeds))}",
         "model": f"{model.decoder.num_layers} layers of width {model.decoder.hidden_size}, "
         f"{model.tokens_per_frame} tokens per frame, {data.frames} frames; random weights",
+        "routing": f"{model.routing.insertion}, {model.routing.selection}, r = "
+        f"{model.routing.keep_ratio}, weighting {model.routing.weighting}; every other variant "
+        "changes one thing of it",
         "training": f"{training.steps} updates of {data.batch_size} streams, "
         f"{data.draw.train} streams drawn, learning rate {training.optimizer.learning_rate:g}",
         "judged on": f"{data.draw.test} streams of scans that no training stream shows",

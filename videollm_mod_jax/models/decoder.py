@@ -167,7 +167,7 @@ class Router(nn.Module):
         """Returns kernel_D and the bias (0.0 where the weighting has none)."""
         weighting, D = self.config.routing.weighting, self.config.decoder.hidden_size
         # tanh1 starts at zero so that the gate starts at 1; the others need scores that differ.
-        init = nn.initializers.normal(0.0 if weighting in ("tanh1", "paper") else D**-0.5)
+        init = nn.initializers.normal(0.0 if weighting == "tanh1" else D**-0.5)
         init = nn.with_logical_partitioning(init, ("embed",))
         kernel_D = self.param("kernel", init, (D,), jnp.float32)
         if weighting != "official":

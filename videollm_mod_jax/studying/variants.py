@@ -105,7 +105,7 @@ TABLES = (
         text="Choices that the paper does not compare: what the update of a kept token is "
         "multiplied by, a keep ratio that falls with depth, and always keeping the token at which "
         "silence is decided.",
-        rows=(MOD, "official", "tanh1", "unweighted", "decaying", "keep-last"),
+        rows=(MOD, "paper", "official", "unweighted", "decaying", "keep-last"),
     ),
 )
 
@@ -224,7 +224,7 @@ def variants(config: VideoLLMConfig) -> Mapping[str, Variant]:
             published=Published(fluency=45.2, lm_correctness=49.0, tflops=31.83),
         ),
         Variant(name="official", title="weighting official", routing=changed(weighting="official")),
-        Variant(name="tanh1", title="weighting tanh1", routing=changed(weighting="tanh1")),
+        Variant(name="paper", title="weighting paper", routing=changed(weighting="paper")),
         Variant(name="unweighted", title="weighting none", routing=changed(weighting="none")),
         Variant(
             name="decaying",
