@@ -45,7 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
         # Of drawing; the order of the examples goes by the seed of a run.
         "seed": 0,
         "epochs": 0.0,
-        "draw": {"train": 4000, "validation": 16, "test": 300},
+        "draw": {"train": 4000, "validation": 16, "test": 240},
         "frames": 6,
         "system": "Watch.",
         "tokenizer": "",
@@ -62,7 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.tower = {"steps": 800, "batch_size": 64, "learning_rate": 3e-3, "seed": 0}
 
     config.training = {
-        "steps": 1000,
+        "steps": 900,
         "seed": 0,
         "trainable": "full",
         "stream_weight": 1.0,
@@ -95,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluation = {
         "benchmarks": {"digits_scenes": "test"},
         "around_training": "",
-        "batch_size": 50,
+        "batch_size": 60,
         "answer_tokens": 16,
     }
 

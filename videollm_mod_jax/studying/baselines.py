@@ -78,12 +78,15 @@ def _answers(examples: Examples, index: int) -> Iterator[tuple[str, list[int]]]:
 def _guess(
     counts: Counts, question: str, tokens: list[int], vocabulary: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability of every true token, add-one smoothed, and whether it is the likeliest."""
+    """Log-probability of every true token, and whether it is the likeliest.
+
+    One count is spread over the vocabulary, so that nothing is impossible.
+    """
     log_probs, correct = [], []
     for i, token in enumerate(tokens):
         seen = counts.get((question, tuple(tokens[:i])), {})
-        total = sum(seen.values()) + vocabulary
-        log_probs.append(np.log((seen.get(token, 0) + 1) / total))
+        total = sum(seen.values()) + 1
+        log_probs.append(np.log((seen.get(token, 0) + 1 / vocabulary) / total))
         correct.append(bool(seen) and max(seen, key=seen.__getitem__) == token)
     return np.array(log_probs, np.float32), np.array(correct, bool)
 
