@@ -62,7 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.tower = {"steps": 800, "batch_size": 64, "learning_rate": 3e-3, "seed": 0}
 
     config.training = {
-        "steps": 900,
+        "steps": 1000,
         "seed": 0,
         "trainable": "full",
         "stream_weight": 1.0,

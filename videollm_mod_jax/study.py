@@ -213,7 +213,9 @@ def _line(future: Future) -> str:
 def _slots(here: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What each run at a time has for itself: (environment variable or "cpu", number)."""
     if here["platform"] == "gpu":
-        return [("CUDA_VISIBLE_DEVICES", str(number)) for number in here["ids"]]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else map(str, here["ids"])
+        return [("CUDA_VISIBLE_DEVICES", name) for name in names]
     if here["platform"] == "cpu":
         return [("cpu", str(core)) for core in sorted(os.sched_getaffinity(0))]
     return [("", "")]
@@ -244,6 +246,8 @@ def _start_worker(queue: Any, log: Path) -> None:
         os.sched_setaffinity(0, {int(number)})
     elif kind:
         os.environ[kind] = number
+        # More runs than GPUs share one.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     printed = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for stream in (1, 2):
         os.dup2(printed, stream)
