@@ -133,7 +133,7 @@ def workdir(tmp_path_factory):
     """A study of two variants that was killed before the second had its result, and continued."""
     directory = tmp_path_factory.mktemp("study")
     command = ["--config", str(CONFIG), "--workdir", str(directory), *TINY]
-    command += ["--workers", "1", "--only", "full,mod"]
+    command += ["--workers", "2", "--only", "full,mod"]
     assert study.main(command) == 0
     kept = [directory / "runs/full/seed-0/result.json", directory / "baselines.json"]
     stamps = [path.stat().st_mtime_ns for path in kept]

@@ -18,17 +18,14 @@ same command continues an interrupted study, and a report is there after every c
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
-import multiprocessing
-import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +46,7 @@ from videollm_mod_jax.studying.config import StudyConfig
 from videollm_mod_jax.studying.measuring import measure_all
 from videollm_mod_jax.studying.running import Held, Material, held, run_variant, train_variant
 from videollm_mod_jax.studying.variants import FULL, ONLINE, chosen, variants
+from videollm_mod_jax.studying.workers import in_process, pool_of, slots_of
 from videollm_mod_jax.train import TOWER, tower_of
 from videollm_mod_jax.training import loop
 from videollm_mod_jax.training.checkpoint import read_json, write_json
@@ -56,7 +54,7 @@ from videollm_mod_jax.training.checkpoint import read_json, write_json
 TASK = "digits_scenes"
 RUNS, RESULT, START = "runs", "result.json", "start"
 MEASURED, BASELINES, HERE = "measured.json", "baselines.json", "devices.json"
-LOG, REPORT = "workers.log", "report.md"
+REPORT = "report.md"
 
 Table = Mapping[str, Any]
 
@@ -83,7 +81,7 @@ def study(
     began = time.perf_counter()
     if not (workdir / BASELINES).exists():
         console.print("drawing streams, pretraining the tower, encoding frames")
-        _in_process(_prepare, table, workdir)
+        in_process(_prepare, workdir, table, workdir)
     jobs = [
         (name, seed)
         for seed, name in itertools.product(settings.seeds, names)
@@ -94,7 +92,7 @@ def study(
     measured = _read_if(workdir / MEASURED)
     if measured is None or measured["variants"].keys() != set(_to_measure(table, workdir)):
         console.print("measuring what every variant costs")
-        _in_process(_measure, table, workdir)
+        in_process(_measure, workdir, table, workdir)
     _add_seconds(workdir, time.perf_counter() - began)
     write_report(table, workdir)
     console.print(f"report: {workdir / REPORT}")
@@ -180,11 +178,11 @@ def _run_all(
 ) -> None:
     """Runs jobs on all devices, with a line for each that is done."""
     here = read_json(workdir / HERE)
-    slots = _slots(here)
+    slots = slots_of(here)
     workers = min(workers or len(slots), len(jobs))
     write_json(workdir / HERE, here | {"workers": workers})
     began = time.perf_counter()
-    with _pool(workdir, workers, [slots[i % len(slots)] for i in range(workers)]) as pool:
+    with pool_of(workdir, workers, [slots[i % len(slots)] for i in range(workers)]) as pool:
         waiting = {pool.submit(_run, table, workdir, *job): job for job in jobs}
         try:
             for done, future in enumerate(as_completed(waiting), 1):
@@ -208,49 +206,6 @@ def _line(future: Future) -> str:
         f"LM-Correctness {scores['lm_correctness']:.1%}, Fluency {scores['fluency']:.1%}, "
         f"{seconds:.0f} s"
     )
-
-
-def _slots(here: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What each run at a time has for itself: (environment variable or "cpu", number)."""
-    if here["platform"] == "gpu":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = visible.split(",") if visible else map(str, here["ids"])
-        return [("CUDA_VISIBLE_DEVICES", name) for name in names]
-    if here["platform"] == "cpu":
-        return [("cpu", str(core)) for core in sorted(os.sched_getaffinity(0))]
-    return [("", "")]
-
-
-@contextlib.contextmanager
-def _pool(
-    workdir: Path, workers: int, slots: Sequence[tuple[str, str]]
-) -> Iterator[ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    for slot in slots:
-        queue.put(slot)
-    with ProcessPoolExecutor(workers, context, _start_worker, (queue, workdir / LOG)) as pool:
-        yield pool
-
-
-def _in_process(function: Any, table: Table, workdir: Path) -> Any:
-    """Calls a function in a process of its own, which holds devices no longer than it runs."""
-    with _pool(workdir, 1, [("", "")]) as pool:
-        return pool.submit(function, table, workdir).result()
-
-
-def _start_worker(queue: Any, log: Path) -> None:
-    """Gives a process its device, before JAX looks for any, and a file for what it prints."""
-    kind, number = queue.get()
-    if kind == "cpu":
-        os.sched_setaffinity(0, {int(number)})
-    elif kind:
-        os.environ[kind] = number
-        # More runs than GPUs share one.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    printed = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    for stream in (1, 2):
-        os.dup2(printed, stream)
 
 
 def _cache_programs(workdir: Path) -> None:
