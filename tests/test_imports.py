@@ -27,6 +27,16 @@ ALLOWED = {
         "benchmarking",
         "errors",
     },
+    "studying": {
+        "models",
+        "data",
+        "training",
+        "streaming",
+        "evaluation",
+        "benchmarking",
+        "studying",
+        "errors",
+    },
 }
 """What a folder may import. Modules beside the folders are verbs and may import all of it."""
 

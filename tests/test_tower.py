@@ -16,8 +16,9 @@ from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import NO_LORA, VideoLLMConfig, full_computation
 from videollm_mod_jax.models.presets import decoder_preset, vision_preset
 from videollm_mod_jax.models.vision import VisionTower, preprocess
-from videollm_mod_jax.training.tower import UNKNOWN, TowerConfig, overlay, pretrain_tower
+from videollm_mod_jax.training.tower import CANVASES, UNKNOWN, TowerConfig, overlay, pretrain_tower
 
+CANVAS = CANVASES["digits_stream"]
 CONFIG = VideoLLMConfig(
     decoder=decoder_preset("tiny"),
     routing=full_computation(),
@@ -32,7 +33,7 @@ CONFIG = VideoLLMConfig(
 @pytest.fixture(scope="module")
 def pretrained():
     config = TowerConfig(steps=160, batch_size=64, learning_rate=3e-3, seed=0)
-    return pretrain_tower(CONFIG.vision, config)
+    return pretrain_tower(CONFIG.vision, config, CANVAS)
 
 
 def direct(params, images):
@@ -51,7 +52,7 @@ def test_overlay_is_the_drawn_one():
     none = digits.BACKGROUND
     labels = jnp.array([[[7, none, none]], [[3, none, 5]]])
     images = jnp.array([[[[9.0, 1.0]]], [[[2.0, 4.0]]]])
-    image, label = overlay(images, labels)
+    image, label = overlay(images, labels, none)
     assert label.tolist() == [[UNKNOWN, none, 5]]
     assert image.tolist() == [[[9.0, 4.0]]]
 
@@ -79,14 +80,14 @@ def test_places_are_linearly_readable_on_unseen_scans(pretrained):
 def test_pretraining_twice_gives_the_same_tower():
     vision = dataclasses.replace(CONFIG.vision, width=8, mlp_width=8, num_layers=1, num_heads=1)
     config = TowerConfig(steps=2, batch_size=2, learning_rate=1e-3, seed=3)
-    first, second = (pretrain_tower(vision, config).params for _ in range(2))
+    first, second = (pretrain_tower(vision, config, CANVAS).params for _ in range(2))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, first, second)))
 
 
 def test_pretraining_refuses_what_it_cannot_label():
     config = TowerConfig(steps=2, batch_size=2, learning_rate=1e-3, seed=0)
     with pytest.raises(UserError, match=r"pool is \(2, 2\)"):
-        pretrain_tower(dataclasses.replace(CONFIG.vision, pool=(2, 2)), config)
+        pretrain_tower(dataclasses.replace(CONFIG.vision, pool=(2, 2)), config, CANVAS)
     with pytest.raises(UserError, match=r"tower.steps is 0"):
         dataclasses.replace(config, steps=0)
 

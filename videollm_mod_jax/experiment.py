@@ -25,7 +25,7 @@ from videollm_mod_jax.models.presets import decoder_preset, vision_preset
 from videollm_mod_jax.training.checkpoint import read_model_config
 from videollm_mod_jax.training.run import TrainingConfig
 from videollm_mod_jax.training.sharding import make_layout
-from videollm_mod_jax.training.tower import TowerConfig, check_vision
+from videollm_mod_jax.training.tower import CANVASES, Canvas, TowerConfig, check_vision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,13 +88,18 @@ class Experiment:
                 "start from, or how to pretrain a vision tower"
             )
         if not self.init:
-            check_vision(self.model.vision)
+            check_vision(self.model.vision, self.canvas)
         make_layout(self.training.sharding, self.training.mesh)
         if self.training.trainable == "lora" and not self.model.lora.rank:
             raise UserError(
                 "training.trainable is 'lora' and model.lora.rank is 0; give the model adapters, "
                 "or train 'full'"
             )
+
+    @property
+    def canvas(self) -> Canvas:
+        """What its vision tower is pretrained on: the dataset that is drawn, or `digits_stream`."""
+        return CANVASES[self.data.drawn or "digits_stream"]
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> "Experiment":

@@ -34,7 +34,6 @@ from rich.table import Table
 
 from videollm_mod_jax import cli
 from videollm_mod_jax.data import digits
-from videollm_mod_jax.data.config import DRAWN
 from videollm_mod_jax.data.pipeline import Examples, evaluation_batches
 from videollm_mod_jax.data.sources import TRAIN, TRAINED_ON, Sources, check_stored
 from videollm_mod_jax.data.tokenizer import Tokenizer
@@ -52,7 +51,7 @@ from videollm_mod_jax.training.sharding import (
     init_sharded,
 )
 from videollm_mod_jax.training.step import HostBatch
-from videollm_mod_jax.training.tower import TowerConfig, pretrain_tower
+from videollm_mod_jax.training.tower import pretrain_tower
 
 TOWER = "tower"
 HELD_OUT = "held_out.mp4"
@@ -123,8 +122,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, profile_steps:
     judged = experiment.evaluation.around_training
     split = experiment.evaluation.benchmarks.get(judged)
     held_out = examples(judged, split) if judged else None
-    if DRAWN in sources.names and distributed.is_lead() and not (workdir / HELD_OUT).exists():
-        digits.stream_to_video(sources.dataset(DRAWN).streams("test")[0], workdir / HELD_OUT)
+    drawn = experiment.data.drawn
+    if drawn is not None and distributed.is_lead() and not (workdir / HELD_OUT).exists():
+        digits.stream_to_video(sources.dataset(drawn).streams("test")[0], workdir / HELD_OUT)
 
     def evaluate(model: LoadedModel) -> StreamReport:
         return evaluate_stream(model, held_out, batch_size=experiment.evaluation.batch_size)
@@ -229,7 +229,7 @@ class _Start:
             tokenizer = sources.make_tokenizer()
             decoder = dataclasses.replace(experiment.model.decoder, vocab_size=tokenizer.vocab_size)
             model = dataclasses.replace(experiment.model, decoder=decoder)
-            tower = _tower(model, experiment.tower, workdir / TOWER, console)
+            tower = tower_of(model, experiment, workdir / TOWER, console)
             return cls(None, model, tokenizer, tower, seed)
         init, model = Path(experiment.init), experiment.model
         tokenizer = Tokenizer.load(experiment.data.tokenizer or init)
@@ -252,13 +252,13 @@ class _Start:
         return variables | {"params": variables["params"] | {"vision": self.tower}}
 
 
-def _tower(
-    model: VideoLLMConfig, config: TowerConfig, directory: Path, console: Console
+def tower_of(
+    model: VideoLLMConfig, experiment: Experiment, directory: Path, console: Console
 ) -> Mapping[str, Any]:
     """Parameters of the vision tower: of an earlier run, or pretrained now."""
     if not (directory / checkpoint.WEIGHTS).exists():
         # In every process: it takes less time than it would take to wait for one.
-        tower = pretrain_tower(model.vision, config)
+        tower = pretrain_tower(model.vision, experiment.tower, experiment.canvas)
         console.print(
             f"Vision tower on unseen scans: {tower.digit_accuracy:.1%} of digits and "
             f"{tower.empty_accuracy:.1%} of empty places are named right."

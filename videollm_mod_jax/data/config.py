@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from videollm_mod_jax.data.example import Budget
 from videollm_mod_jax.errors import UserError
 
-DRAWN = "digits_stream"
+DRAWN = ("digits_stream", "digits_scenes")
+"""The datasets that are drawn where they are used; a run has one of them at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,9 +17,9 @@ class SourceConfig:
     Attributes:
       weight: how often its training examples come in an epoch: 1.0 for all datasets is their
         concatenation; 0 for a dataset that is only evaluated.
-      records: the directory that `prepare` wrote; empty for `digits_stream`, which is drawn in the
+      records: the directory that `prepare` wrote; empty for one that is drawn (`DRAWN`), in the
         working directory.
-      features: the feature store that `encode` wrote; empty for `digits_stream`.
+      features: the feature store that `encode` wrote; empty for one that is drawn.
     """
 
     weight: float
@@ -28,7 +29,7 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrawConfig:
-    """How many streams of `digits_stream` are drawn per split."""
+    """How many streams are drawn per split."""
 
     train: int
     validation: int
@@ -41,7 +42,7 @@ class DataConfig:
 
     Attributes:
       sources: by name of the dataset.
-      draw: of `digits_stream`; None without it.
+      draw: of the dataset that is drawn; None without one.
       seed: of drawing, order and disturbance.
       epochs: passes over the training records, as often as their weights say, which decide the
         number of updates; 0 leaves it to `training.steps`.
@@ -79,8 +80,8 @@ class DataConfig:
             if source.weight < 0:
                 raise UserError(f"{where}.weight is {source.weight}; expected 0 or more")
             for field in ("records", "features"):
-                if bool(getattr(source, field)) == (name == DRAWN):
-                    expected = "empty, as it is drawn" if name == DRAWN else "a directory"
+                if bool(getattr(source, field)) == (name in DRAWN):
+                    expected = "empty, as it is drawn" if name in DRAWN else "a directory"
                     raise UserError(
                         f"{where}.{field} is {getattr(source, field)!r}; expected {expected}"
                     )
@@ -88,11 +89,19 @@ class DataConfig:
             raise UserError(f"data.epochs is {self.epochs}; expected 0 or more")
         if not any(source.weight for source in self.sources.values()):
             raise UserError("data.sources: no dataset has a weight above 0; nothing to learn from")
-        if (DRAWN in self.sources) != (self.draw is not None):
+        drawn = [name for name in self.sources if name in DRAWN]
+        if len(drawn) > 1:
+            raise UserError(f"data.sources draws {' and '.join(drawn)}; expected one of them")
+        if bool(drawn) != (self.draw is not None):
             raise UserError(
-                f"data.draw is {self.draw}; expected the sizes of the splits of {DRAWN}, or None "
-                "without it"
+                f"data.draw is {self.draw}; expected the sizes of the splits of "
+                f"{' or '.join(drawn or DRAWN)}, or None without it"
             )
+
+    @property
+    def drawn(self) -> str | None:
+        """The name of the dataset that is drawn, if there is one."""
+        return next((name for name in self.sources if name in DRAWN), None)
 
     @property
     def budget(self) -> Budget:

@@ -83,7 +83,7 @@ def scans(split: str) -> Scans:
         chosen.append(np.split(ids, cuts)[SPLITS.index(split)])
     ids = np.concatenate(chosen)
     images = (digits.images[ids] / digits.images.max()).astype(np.float32)
-    grow = _bilinear(8, CELL)
+    grow = bilinear(8, CELL)
     return Scans(
         images,
         digits.target[ids],
@@ -134,7 +134,7 @@ def tell(rng: np.random.Generator, num_frames: int, split_scans: Scans) -> Story
         if f == asked:
             turns += _question(rng, f, int(appearances[f - 1]), class_F9[f - 1])
         if f in narrations:
-            turns.append(_turn("assistant", f, narrations[f]))
+            turns.append(turn_at("assistant", f, narrations[f]))
     return Story(class_F9.astype(np.int8), scan_F9, turns)
 
 
@@ -148,7 +148,7 @@ def make_stream(split: str, index: int, seed: int, num_frames: int) -> dict[str,
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     split_scans = scans(split)
     story = tell(rng, num_frames, split_scans)
-    clutter = _clutter(rng, 1, split_scans)
+    clutter = draw_clutter(rng, 1, split_scans.stamps, CANVAS)
     return {
         "id": f"{split}-{index:05d}",
         "frames": _draw(rng, clutter, story.scans_F9, split_scans),
@@ -171,11 +171,11 @@ def random_frames(
     visible = rng.integers(0, MAX_VISIBLE + 1, count)
     places = np.argsort(rng.random((count, 9)), axis=1)[:, :MAX_VISIBLE]
     classes = np.argsort(rng.random((count, 10)), axis=1)[:, :MAX_VISIBLE]
-    rows = _pick(rng, classes, split_scans)
+    rows = pick(rng, classes, split_scans)
     row_N9 = np.full((count, 9), EMPTY)
     shown = np.arange(MAX_VISIBLE) < visible[:, None]
     row_N9[np.nonzero(shown)[0], places[shown]] = rows[shown]
-    images = _draw(rng, _clutter(rng, count, split_scans), row_N9, split_scans)
+    images = _draw(rng, draw_clutter(rng, count, split_scans.stamps, CANVAS), row_N9, split_scans)
     labels = np.where(row_N9 == EMPTY, BACKGROUND, split_scans.labels[row_N9])
     return images, labels.astype(np.int32)
 
@@ -202,8 +202,8 @@ def _event(rng: np.random.Generator, now: np.ndarray, split_scans: Scans) -> tup
     if kind == "appear":
         place = rng.choice(np.flatnonzero(now == EMPTY))
         digit = rng.choice(np.setdiff1d(np.arange(10), split_scans.labels[now[taken]]))
-        now[place] = _pick(rng, digit, split_scans)
-        return f"{_a(digit).capitalize()} appears at the {PLACES[place]}.", True
+        now[place] = pick(rng, digit, split_scans)
+        return f"{article(digit).capitalize()} appears at the {PLACES[place]}.", True
     moves = [(p, q) for p in taken for q in _NEIGHBOURS[p] if now[q] == EMPTY]
     place, to = moves[rng.integers(len(moves))]
     name = NUMBERS[split_scans.labels[now[place]]]
@@ -221,10 +221,10 @@ def _question(
         question, answer = HOW_MANY, _number(appearances).capitalize() + "."
     else:
         question, answer = WHICH, _list(class_9)
-    return [_turn("user", frame, question), _turn("assistant", frame, answer)]
+    return [turn_at("user", frame, question), turn_at("assistant", frame, answer)]
 
 
-def _pick(rng: np.random.Generator, classes: np.ndarray, split_scans: Scans) -> np.ndarray:
+def pick(rng: np.random.Generator, classes: np.ndarray, split_scans: Scans) -> np.ndarray:
     """A random row of `split_scans` for each class."""
     first, end = split_scans.first[classes], split_scans.first[np.add(classes, 1)]
     return rng.integers(first, end)
@@ -238,21 +238,33 @@ def _draw(
     jitter = rng.integers(-JITTER, JITTER + 1, (2, len(frame)))
     corner = np.clip(np.stack([place // 3, place % 3]) * CELL + jitter, 0, CANVAS - CELL)
     ink = np.zeros((len(row_N9), CANVAS, CANVAS), np.float32)
-    _stamp(ink, frame, corner, split_scans.stamps[row_N9[frame, place]])
+    stamp(ink, frame, corner, split_scans.stamps[row_N9[frame, place]])
     light = rng.uniform(0.88, 1.0, (len(row_N9), 1, 1)).astype(np.float32)
     image = clutter + ink * (light - clutter)
     image += 0.025 * rng.standard_normal(image.shape, np.float32)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _clutter(rng: np.random.Generator, count: int, split_scans: Scans) -> np.ndarray:
-    """Dim backgrounds (count, 48, 48) float32: blobs, strokes and halves of turned scans."""
-    grow = _bilinear(7, CANVAS)
+def draw_clutter(
+    rng: np.random.Generator, count: int, stamps: np.ndarray, canvas: int
+) -> np.ndarray:
+    """Dim backgrounds: blobs, strokes and halves of turned scans.
+
+    Args:
+      rng: draws them.
+      count: how many.
+      stamps: (n, side, side) float32, the scans to cut pieces from.
+      canvas: side of a background, pixels.
+
+    Returns:
+      (count, canvas, canvas) float32 in 0..1.
+    """
+    grow = bilinear(7, canvas)
     image = grow @ rng.uniform(0.02, 0.28, (count, 7, 7)).astype(np.float32) @ grow.T
     marks = np.zeros_like(image)
-    y, x = np.mgrid[:CANVAS, :CANVAS].astype(np.float32)
+    y, x = np.mgrid[:canvas, :canvas].astype(np.float32)
     for _ in range(5):
-        centre_y, centre_x = rng.uniform(0, CANVAS, (2, count, 1, 1)).astype(np.float32)
+        centre_y, centre_x = rng.uniform(0, canvas, (2, count, 1, 1)).astype(np.float32)
         angle = rng.uniform(0, np.pi, (count, 1, 1)).astype(np.float32)
         half = rng.uniform(4, 9, (count, 1, 1)).astype(np.float32)
         shade = rng.uniform(0.15, 0.4, (count, 1, 1)).astype(np.float32)
@@ -261,29 +273,30 @@ def _clutter(rng: np.random.Generator, count: int, split_scans: Scans) -> np.nda
         across = (y - centre_y) * cosine - (x - centre_x) * sine
         distance = np.hypot(across, along - np.clip(along, -half, half))
         np.maximum(marks, shade * np.clip(1.8 - distance, 0, 1), out=marks)
-    pieces = 5
-    stamps = split_scans.stamps[rng.integers(len(split_scans.labels), size=(count * pieces))]
-    stamps = np.rot90(stamps, axes=(1, 2))[:, : CELL // 2]
+    pieces, side = 5, stamps.shape[1]
+    chosen = stamps[rng.integers(len(stamps), size=(count * pieces))]
+    chosen = np.rot90(chosen, axes=(1, 2))[:, : side // 2]
     shades = rng.uniform(0.15, 0.4, (count * pieces, 1, 1)).astype(np.float32)
-    corner = rng.integers(0, [[CANVAS - CELL // 2 + 1], [CANVAS - CELL + 1]], (2, count * pieces))
-    _stamp(marks, np.repeat(np.arange(count), pieces), corner, stamps * shades)
+    corner = rng.integers(0, [[canvas - side // 2 + 1], [canvas - side + 1]], (2, count * pieces))
+    stamp(marks, np.repeat(np.arange(count), pieces), corner, chosen * shades)
     return np.maximum(image, marks)
 
 
-def _stamp(canvas: np.ndarray, image: np.ndarray, corner: np.ndarray, stamps: np.ndarray) -> None:
+def stamp(canvas: np.ndarray, image: np.ndarray, corner: np.ndarray, stamps: np.ndarray) -> None:
     """Lays stamps (n, h, w) onto canvas[image (n,)], top left at corner (2, n); maximum wins."""
     rows = corner[0][:, None, None] + np.arange(stamps.shape[1])[:, None]
     columns = corner[1][:, None, None] + np.arange(stamps.shape[2])
     np.maximum.at(canvas, (image[:, None, None], rows, columns), stamps)
 
 
-def _bilinear(small: int, large: int) -> np.ndarray:
+def bilinear(small: int, large: int) -> np.ndarray:
     """The (large, small) matrix that resamples a line with pixel centres aligned."""
     at = np.clip((np.arange(large) + 0.5) * small / large - 0.5, 0, small - 1)
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(small))).astype(np.float32)
 
 
-def _turn(role: str, frame: int, text: str) -> dict[str, object]:
+def turn_at(role: str, frame: int, text: str) -> dict[str, object]:
+    """What is said at a frame, as the turns of a stream hold it."""
     return {"role": role, "time": frame / FPS, "text": text}
 
 
@@ -291,12 +304,13 @@ def _number(n: int) -> str:
     return NUMBERS[n] if n < len(NUMBERS) else str(n)
 
 
-def _a(digit: int) -> str:
+def article(digit: int) -> str:
+    """The name of a digit with its article: "a seven", "an eight"."""
     return ("an " if digit == 8 else "a ") + NUMBERS[digit]
 
 
 def _list(class_9: np.ndarray) -> str:
     """[-1, 2, .., 7, .., 8] -> "A two, a seven and an eight."; all empty -> "None."."""
-    names = [_a(c) for c in class_9 if c != EMPTY] or ["none"]
+    names = [article(c) for c in class_9 if c != EMPTY] or ["none"]
     text = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
     return text[0].upper() + text[1:] + "."

@@ -1,6 +1,6 @@
 """The datasets of a run, opened: their records, features and tokenizer.
 
-    WORKDIR/data/               `digits_stream`, drawn
+    WORKDIR/data/               the dataset that is drawn, if there is one
     WORKDIR/features/SPLIT/     the features of its frames
 
 All other datasets lie where the config says.
@@ -14,6 +14,7 @@ from typing import Any
 
 from videollm_mod_jax.data import augment, dialogue
 from videollm_mod_jax.data.annotations import Record
+from videollm_mod_jax.data.builders.digits_scenes import ScenesDataset
 from videollm_mod_jax.data.builders.digits_stream import DigitsConfig, DigitsDataset
 from videollm_mod_jax.data.builders.stored import StoredDataset, open_dataset
 from videollm_mod_jax.data.config import DRAWN, DataConfig, SourceConfig
@@ -27,6 +28,8 @@ TRAIN = "train"
 TRAINED_ON = "trained_on.json"
 """The file of a run's directory that keeps its `Sources.training_stretches`."""
 
+_DRAWERS = {"digits_stream": DigitsDataset, "digits_scenes": ScenesDataset}
+
 
 def check_stored(config: DataConfig) -> None:
     """Looks whether every dataset that is not drawn, and its features, are there.
@@ -35,7 +38,7 @@ def check_stored(config: DataConfig) -> None:
       UserError: one is missing, damaged, or another than its name says.
     """
     for name, source in config.sources.items():
-        if name != DRAWN:
+        if name not in DRAWN:
             _open_stored(name, source)
             FeatureSource(source.features)
 
@@ -60,7 +63,7 @@ class Sources:
     """
 
     def __init__(self, config: DataConfig, workdir: Path):
-        """Opens the datasets; draws `digits_stream` unless it is there.
+        """Opens the datasets; draws what is to be drawn unless it is there.
 
         Raises:
           UserError: a dataset is missing, damaged, or another than its name says.
@@ -72,12 +75,12 @@ class Sources:
 
     def _open(self, name: str) -> DigitsDataset | StoredDataset:
         config = self.config
-        if name != DRAWN:
+        if name not in DRAWN:
             return _open_stored(name, config.sources[name])
         drawn = DigitsConfig(
             **dataclasses.asdict(config.draw), frames=config.frames, seed=config.seed
         )
-        return DigitsDataset(self._workdir / "data", drawn)
+        return _DRAWERS[name](self._workdir / "data", drawn)
 
     def dataset(self, name: str) -> DigitsDataset | StoredDataset:
         """A dataset of the run.
@@ -102,14 +105,14 @@ class Sources:
 
     def features_path(self, name: str, split: str) -> Path:
         """Where the features of a split are stored."""
-        if name == DRAWN:
+        if name in DRAWN:
             return self._workdir / "features" / split
         return Path(self.config.sources[name].features)
 
     def unencoded(self, name: str, split: str) -> Sequence[Mapping[str, Any]] | None:
         """The streams of a drawn split whose frames have no features yet, or None."""
         self.records(name, split)  # refuses an unknown split
-        if name != DRAWN or self.features_path(name, split).exists():
+        if name not in DRAWN or self.features_path(name, split).exists():
             return None
         return self.dataset(name).streams(split)
 
@@ -121,11 +124,11 @@ class Sources:
         """
         if self.config.tokenizer:
             return Tokenizer.load(self.config.tokenizer)
-        if DRAWN not in self.names:
+        if self.config.drawn is None:
             raise UserError(
                 "data.tokenizer is empty; name a tokenizer.json, or start from a model (init)"
             )
-        drawn = self.dataset(DRAWN).records(TRAIN)
+        drawn = self.dataset(self.config.drawn).records(TRAIN)
         texts = (turn.text for record in drawn for turn in record.turns)
         frame = [dialogue.System(self.config.system), dialogue.Stream(2, True)]
         template = dialogue.render(

@@ -196,7 +196,8 @@ class VisionConfig:
         unseen, as in a convolution without padding (SigLIP so400m: 384 = 27 * 14 + 6).
       width: W, width of the tower and of the frame tokens it gives.
       mlp_width: width of its MLPs.
-      num_layers: transformer blocks that have weights.
+      num_layers: transformer blocks that have weights; 0 leaves every patch to itself, so that only
+        the summary sees the whole frame.
       unused_blocks: how many of them, the last ones, never run. LLaVA-1.5 reads the patches behind
         23 of 24 blocks (`vision_feature_layer: -2`).
       num_heads: attention heads; divides `width`.
@@ -247,7 +248,7 @@ class VisionConfig:
             f"vision.num_heads = {self.num_heads}",
         )
         require(
-            0 <= self.unused_blocks < self.num_layers,
+            0 <= self.unused_blocks < max(self.num_layers, 1) and self.num_layers >= 0,
             f"vision.unused_blocks is {self.unused_blocks}; it must be at least 0 and less than "
             f"vision.num_layers = {self.num_layers}",
         )

@@ -94,6 +94,27 @@ VISION: Mapping[str, VisionConfig] = {
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
     ),
+    # For digits_scenes: no block, so that every patch stands for itself and the decoder has to put
+    # digits together; only the CLS token sees the whole frame.
+    "scenes-vit": VisionConfig(
+        architecture="siglip",
+        image_size=60,
+        patch_size=12,
+        width=64,
+        mlp_width=128,
+        num_layers=0,
+        unused_blocks=0,
+        num_heads=4,
+        norm_eps=1e-6,
+        activation="gelu_tanh",
+        final_norm=True,
+        pooling_head=True,
+        summary="attention_pool",
+        pool=(5, 5),
+        pooling="average",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    ),
     # google/siglip-large-patch16-384
     "siglip-l16-384": VisionConfig(
         architecture="siglip",

@@ -212,7 +212,8 @@ class VisionTower(nn.Module):
             return scanned(config, **kinds, name=name)(x_BPW)[0]
 
         unused = config.unused_blocks
-        x_BPW = blocks("blocks", config.num_layers - unused, x_BPW)
+        if config.num_layers > unused:
+            x_BPW = blocks("blocks", config.num_layers - unused, x_BPW)
         if unused and self.is_initializing():
             # Checkpoints hold them, so they are kept for the way back, and never run.
             blocks("unused_blocks", unused, x_BPW)

@@ -6,7 +6,7 @@ the language model gets. Only scans of the training split are drawn.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,13 +16,12 @@ import numpy as np
 import optax
 from rich import progress
 
-from videollm_mod_jax.data import digits
+from videollm_mod_jax.data import digit_scenes, digits
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.config import VisionConfig
 from videollm_mod_jax.models.vision import VisionTower, preprocess
 from videollm_mod_jax.training import distributed
 
-CLASSES = digits.BACKGROUND + 1
 UNKNOWN = -1
 
 # Frames drawn for training; the updates overlay and disturb them anew.
@@ -75,7 +74,9 @@ class PretrainedTower:
     feature_rms: float
 
 
-def overlay(images_MBYX: jax.Array, labels_MBP: jax.Array) -> tuple[jax.Array, jax.Array]:
+def overlay(
+    images_MBYX: jax.Array, labels_MBP: jax.Array, background: int
+) -> tuple[jax.Array, jax.Array]:
     """Lays M frames over each other, the brightest pixel winning, as digits do on their clutter.
 
     ```
@@ -85,35 +86,62 @@ def overlay(images_MBYX: jax.Array, labels_MBP: jax.Array) -> tuple[jax.Array, j
 
     Args:
       images_MBYX: grey levels, B stacks of M.
-      labels_MBP: int32 class at each of P places, `digits.BACKGROUND` where none.
+      labels_MBP: int32 class at each of P places, the background where none.
+      background: its label, above all others.
 
     Returns:
       images [B, Y, X] and labels [B, P].
     """
-    digits_BP = jnp.sum(labels_MBP != digits.BACKGROUND, axis=0)
+    digits_BP = jnp.sum(labels_MBP != background, axis=0)
     labels_BP = jnp.where(digits_BP > 1, UNKNOWN, labels_MBP.min(axis=0))
     return images_MBYX.max(axis=0), labels_BP
 
 
-def check_vision(vision: VisionConfig) -> None:
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+    """What a tower is pretrained on.
+
+    Attributes:
+      grid: (h, w), places of a frame that have labels; the tower pools to as many.
+      background: the label of a place without a digit, above all others.
+      random_frames: as `digits.random_frames`, with h * w labels per frame.
+    """
+
+    grid: tuple[int, int]
+    background: int
+    random_frames: Callable[[str, int, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+
+
+CANVASES: Mapping[str, Canvas] = {
+    "digits_stream": Canvas((3, 3), digits.BACKGROUND, digits.random_frames),
+    "digits_scenes": Canvas(
+        (digit_scenes.GRID,) * 2, digit_scenes.NONE, digit_scenes.random_frames
+    ),
+}
+"""By name of the dataset that is drawn."""
+
+
+def check_vision(vision: VisionConfig, canvas: Canvas) -> None:
     """Refuses a tower that cannot be pretrained here.
 
     Raises:
-      UserError: it pools to another grid than the 3 x 3 places of the canvas.
+      UserError: it pools to another grid than that of the canvas.
     """
-    if vision.pool != (3, 3):
+    if vision.pool != canvas.grid:
+        height, width = canvas.grid
         raise UserError(
-            f"model.vision.pool is {vision.pool}; pretraining on digits labels the 3 x 3 places of "
-            "the canvas, so it must be (3, 3)"
+            f"model.vision.pool is {vision.pool}; pretraining on digits labels the {height} x "
+            f"{width} places of the canvas, so it must be {canvas.grid}"
         )
 
 
-def pretrain_tower(vision: VisionConfig, config: TowerConfig) -> PretrainedTower:
+def pretrain_tower(vision: VisionConfig, config: TowerConfig, canvas: Canvas) -> PretrainedTower:
     """Trains a tower on frames of the training scans, with a progress bar; deterministic.
 
     Args:
-      vision: the architecture; pools to the 3 x 3 places of the canvas.
+      vision: the architecture; pools to the grid of the canvas.
       config: how.
+      canvas: one of `CANVASES`.
 
     Returns:
       The tower, judged on frames of the validation scans.
@@ -121,11 +149,11 @@ def pretrain_tower(vision: VisionConfig, config: TowerConfig) -> PretrainedTower
     Raises:
       UserError: the tower pools to another grid.
     """
-    check_vision(vision)
+    check_vision(vision, canvas)
     rng = np.random.default_rng(config.seed)
     used = config.batch_size * _OVERLAID
-    images, labels = digits.random_frames("train", min(_DRAWN, config.steps * used), rng)
-    model = _Readout(vision)
+    images, labels = canvas.random_frames("train", min(_DRAWN, config.steps * used), rng)
+    model = _Readout(vision, canvas.background)
     # Compiles in half the time of threefry, whose streams would be the same on every back end.
     key = jax.random.key(config.seed, impl="rbg")
     variables = nn.meta.unbox(jax.jit(model.init)(key, images[:1]))
@@ -134,7 +162,7 @@ def pretrain_tower(vision: VisionConfig, config: TowerConfig) -> PretrainedTower
 
     @jax.jit
     def update(variables, opt_state, images_NYX, labels_NP, key):
-        images_BYX, labels_BP = _disturb(images_NYX, labels_NP, key)
+        images_BYX, labels_BP = _disturb(images_NYX, labels_NP, canvas.background, key)
         gradients = jax.grad(_loss)(variables, model, images_BYX, labels_BP)
         changes, opt_state = optimizer.update(gradients, opt_state, variables)
         return optax.apply_updates(variables, changes), opt_state
@@ -149,13 +177,14 @@ def pretrain_tower(vision: VisionConfig, config: TowerConfig) -> PretrainedTower
         if step % 32 == 0:
             # Dispatch runs ahead of the device; without this the bar would end before the work.
             jax.block_until_ready(variables)
-    return _judge(model, variables, rng)
+    return _judge(model, variables, canvas, rng)
 
 
 class _Readout(nn.Module):
     """The tower with a linear classifier on its spatial tokens and one on its CLS token."""
 
     config: VisionConfig
+    background: int
 
     @nn.compact
     def __call__(self, images_BYX: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -163,8 +192,9 @@ class _Readout(nn.Module):
         images_BYXC = jnp.repeat(images_BYX[..., None], 3, axis=-1)
         tower = VisionTower(self.config, jnp.float32, jnp.float32, name="tower")
         tokens_BNW = tower(preprocess(images_BYXC, self.config))
-        places_BPC = nn.Dense(CLASSES, name="places")(tokens_BNW[:, 1:])
-        return places_BPC, nn.Dense(CLASSES - 1, name="frame")(tokens_BNW[:, 0]), tokens_BNW
+        places_BPC = nn.Dense(self.background + 1, name="places")(tokens_BNW[:, 1:])
+        frame_BC = nn.Dense(self.background, name="frame")(tokens_BNW[:, 0])
+        return places_BPC, frame_BC, tokens_BNW
 
 
 def _optimizer(config: TowerConfig) -> optax.GradientTransformation:
@@ -178,12 +208,14 @@ def _optimizer(config: TowerConfig) -> optax.GradientTransformation:
 
 
 def _disturb(
-    images_NYX: jax.Array, labels_NP: jax.Array, key: jax.Array
+    images_NYX: jax.Array, labels_NP: jax.Array, background: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Overlays frames and changes contrast, brightness and noise, as cameras and codecs do."""
     stack = (_OVERLAID, -1)
     images_BYX, labels_BP = overlay(
-        images_NYX.reshape(*stack, *images_NYX.shape[1:]), labels_NP.reshape(*stack, 9)
+        images_NYX.reshape(*stack, *images_NYX.shape[1:]),
+        labels_NP.reshape(*stack, labels_NP.shape[-1]),
+        background,
     )
     contrast, shade, noise = jax.random.split(key, 3)
     each = (images_BYX.shape[0], 1, 1)
@@ -193,9 +225,9 @@ def _disturb(
     return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8), labels_BP
 
 
-def _present(labels_BP: jax.Array) -> jax.Array:
-    """Which digits are in the frame, bool [B, 10]."""
-    return jax.nn.one_hot(labels_BP, CLASSES, dtype=bool).any(axis=1)[:, : digits.BACKGROUND]
+def _present(labels_BP: jax.Array, background: int) -> jax.Array:
+    """Which labels but the background are in the frame, bool [B, C]."""
+    return jax.nn.one_hot(labels_BP, background, dtype=bool).any(axis=1)
 
 
 def _loss(
@@ -204,21 +236,21 @@ def _loss(
     places_BPC, frame_BC, _ = model.apply(variables, images_BYX)
     known_BP = labels_BP != UNKNOWN
     each_BP = optax.softmax_cross_entropy_with_integer_labels(places_BPC, jnp.maximum(labels_BP, 0))
-    summary = optax.sigmoid_binary_cross_entropy(frame_BC, _present(labels_BP))
+    summary = optax.sigmoid_binary_cross_entropy(frame_BC, _present(labels_BP, model.background))
     return jnp.sum(each_BP * known_BP) / jnp.sum(known_BP) + _SUMMARY_WEIGHT * summary.mean()
 
 
 def _judge(
-    model: _Readout, variables: Mapping[str, Any], rng: np.random.Generator
+    model: _Readout, variables: Mapping[str, Any], canvas: Canvas, rng: np.random.Generator
 ) -> PretrainedTower:
-    images, labels = digits.random_frames("validation", _VALIDATED, rng)
+    images, labels = canvas.random_frames("validation", _VALIDATED, rng)
     places_BPC, frame_BC, tokens_BNW = jax.jit(model.apply)(variables, images)
     right = np.asarray(places_BPC.argmax(axis=-1)) == labels
-    is_digit = labels != digits.BACKGROUND
+    is_digit = labels != canvas.background
     return PretrainedTower(
         params=variables["params"]["tower"],
         digit_accuracy=float(right[is_digit].mean()),
         empty_accuracy=float(right[~is_digit].mean()),
-        summary_accuracy=float(((frame_BC > 0) == _present(labels)).mean()),
+        summary_accuracy=float(((frame_BC > 0) == _present(labels, canvas.background)).mean()),
         feature_rms=float(jnp.sqrt(jnp.mean(jnp.square(tokens_BNW)))),
     )

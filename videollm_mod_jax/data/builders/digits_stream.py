@@ -34,6 +34,30 @@ class DigitsConfig(tfds.core.BuilderConfig):
         self.name = f"{self.train}-{self.validation}-{self.test}-f{self.frames}-s{self.seed}"
 
 
+def stream_features(
+    frames: int, side: int, **more: tfds.features.FeatureConnector
+) -> tfds.features.FeaturesDict:
+    """What the records of a drawn dataset hold.
+
+    Args:
+      frames: of a stream.
+      side: of a frame, pixels.
+      **more: fields that the dataset has beside those of all.
+    """
+    turn = {"role": tfds.features.Text(), "time": np.float32, "text": tfds.features.Text()}
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            "frames": tfds.features.Tensor(
+                shape=(frames, side, side), dtype=np.uint8, encoding="zlib"
+            ),
+            "fps": np.float32,
+            "turns": tfds.features.Sequence(turn),
+            **more,
+        }
+    )
+
+
 class DigitsStream(tfds.core.GeneratorBasedBuilder):
     """Narrated streams of handwritten digits; see `data/digits.py`.
 
@@ -43,6 +67,7 @@ class DigitsStream(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = (DigitsConfig(),)
+    scenery = digits
 
     def _info(self) -> tfds.core.DatasetInfo:
         frames, side = self.builder_config.frames, digits.CANVAS
@@ -52,22 +77,8 @@ class DigitsStream(tfds.core.GeneratorBasedBuilder):
             homepage="https://scikit-learn.org/stable/datasets/toy_dataset.html",
             # Record i of a split is stream i, so that features stored in order match it.
             disable_shuffling=True,
-            features=tfds.features.FeaturesDict(
-                {
-                    "id": tfds.features.Text(),
-                    "frames": tfds.features.Tensor(
-                        shape=(frames, side, side), dtype=np.uint8, encoding="zlib"
-                    ),
-                    "fps": np.float32,
-                    "turns": tfds.features.Sequence(
-                        {
-                            "role": tfds.features.Text(),
-                            "time": np.float32,
-                            "text": tfds.features.Text(),
-                        }
-                    ),
-                    "places": tfds.features.Tensor(shape=(frames, 9), dtype=np.int8),
-                }
+            features=stream_features(
+                frames, side, places=tfds.features.Tensor(shape=(frames, 9), dtype=np.int8)
             ),
         )
 
@@ -81,17 +92,19 @@ class DigitsStream(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict]]:
         config = self.builder_config
         for index in progress.track(range(count), f"Drawing {split} streams"):
-            yield index, digits.make_stream(split, index, config.seed, config.frames)
+            yield index, self.scenery.make_stream(split, index, config.seed, config.frames)
 
 
 class DigitsDataset:
     """The streams as other datasets offer theirs (`builders/stored.py`), and their frames.
 
     Attributes:
+      builder: draws it.
       benchmark: how it is evaluated.
       labels: none; its answers are open.
     """
 
+    builder = DigitsStream
     benchmark = "stream"
     labels = ()
 
@@ -101,8 +114,8 @@ class DigitsDataset:
         An interrupted run leaves no dataset directory, and the next run starts again.
         """
         # TFDS wants its own object for a configuration that the class lists.
-        config = DigitsStream.builder_configs.get(config.name, config)
-        builder = DigitsStream(
+        config = self.builder.builder_configs.get(config.name, config)
+        builder = self.builder(
             data_dir=os.fspath(data_dir), config=config, file_format="array_record"
         )
         tfds.disable_progress_bar()  # ours is the one of `_generate_examples`

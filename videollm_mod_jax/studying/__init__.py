@@ -1,0 +1,1 @@
+"""The paper's study in miniature: its variants, how each is run, tables, figures, orderings."""
