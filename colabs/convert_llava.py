@@ -19,7 +19,8 @@
 # PyTorch weights in, JAX weights out, and back again, with a proof on the way that both compute the
 # same. Then the model watches a picture and a video, and learns to compute only a part of a frame.
 #
-# **Runtime**: any, CPU, GPU or TPU; no account is needed. TIME on 2 CPU cores.
+# **Runtime**: any, CPU, GPU or TPU; no account is needed. 80 seconds on
+# 2 CPU cores.
 #
 # **What you will not see here is a clever answer.** No weights are downloaded: the notebook makes
 # a tiny LLaVA with random weights, by transformers' own classes. It speaks nonsense, and everything

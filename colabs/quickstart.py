@@ -20,7 +20,8 @@
 # and says what happened. It is trained here, from nothing, on real handwritten digits; then it
 # narrates a video that it has never seen, and answers your question about it.
 #
-# **Runtime**: any, CPU, GPU or TPU; no account is needed. TIME on 2 CPU cores, most of it training.
+# **Runtime**: any, CPU, GPU or TPU; no account is needed. 15 minutes on
+# 2 CPU cores that had other work, too; 6 on idle ones. Most of it is training.
 
 # %% [markdown]
 # ## Install
