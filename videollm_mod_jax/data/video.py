@@ -57,7 +57,12 @@ def read_video(
             chosen.thread_type = "AUTO"
             yield from _sample(container.decode(chosen), fps, size, path)
     except av.FFmpegError as error:
-        raise UserError(f"{path}: cannot read the video: {error.strerror}") from error
+        advice = (
+            "check the path"
+            if isinstance(error, FileNotFoundError)
+            else "download it again, or if a player shows it: ffmpeg -i FILE new.mp4"
+        )
+        raise UserError(f"{path}: cannot read the video: {error.strerror}; {advice}") from error
 
 
 def write_video(
@@ -121,7 +126,10 @@ def _video_stream(
                 f"{path}: stream: expected one of the video streams {found}, found {index}"
             )
     if not streams:
-        raise UserError(f"{path}: expected a video, found no video stream")
+        raise UserError(
+            f"{path}: expected a video, found no video stream; take a file with pictures, not with "
+            "sound alone"
+        )
     attached = av.stream.Disposition.attached_pic
     return max(streams, key=lambda s: (not s.disposition & attached, s.width * s.height, -s.index))
 
@@ -141,7 +149,9 @@ def _sample(
             k += 1
         current, sampled = frame, None
     if current is None:
-        raise UserError(f"{path}: the video has no frames")
+        raise UserError(
+            f"{path}: the video has no frames; it was cut off: record or download it again"
+        )
     while k / fps <= current.time - first + _TIME_TOLERANCE:
         sampled = _image(current, size) if sampled is None else sampled
         yield Frame(k / fps, sampled)

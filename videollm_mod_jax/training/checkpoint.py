@@ -247,7 +247,10 @@ def read_model_config(directory: Path) -> VideoLLMConfig:
       UserError: there is none, or it is not one.
     """
     if not directory.is_dir():
-        raise UserError(f"{directory} does not exist; expected the directory of a trained model")
+        raise UserError(
+            f"{directory} does not exist; expected the directory of a trained or converted model "
+            "(what --workdir named when it was trained)"
+        )
     if not (directory / MODEL_FILE).exists():
         raise UserError(
             f"{directory} holds no {MODEL_FILE}; expected the directory of a trained or converted "
