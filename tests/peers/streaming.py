@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import torch
 
 from tests.peers import running
 from tests.peers.decoding import CACHES, Decoding
 from tests.peers.model import Peer
-from videollm_mod_jax.benchmarking.filled import Context
+from videollm_mod_jax.benchmarking.filled import Context, random_variables
 from videollm_mod_jax.benchmarking.streaming import Streams
 from videollm_mod_jax.benchmarking.timing import measure
 from videollm_mod_jax.models import (
@@ -19,7 +18,6 @@ from videollm_mod_jax.models import (
     VideoLLM,
     VideoLLMConfig,
     full_computation,
-    init_variables,
 )
 
 SILENCE = 0
@@ -59,7 +57,7 @@ def benchmark_streaming(
     device = running.torch_device()
     config = dataclasses.replace(config, lora=NO_LORA)
     full = dataclasses.replace(config, routing=full_computation())
-    variables = init_variables(VideoLLM(config), jax.random.key(0))
+    variables = random_variables(config)
     peer = Peer(full, device).eval()
     peer.load(variables)
     ours = {

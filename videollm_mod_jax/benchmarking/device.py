@@ -46,6 +46,7 @@ def describe() -> dict[str, Any]:
         "count": jax.device_count(),
         "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
         "host_cores": _cores(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": versions,
     }
 
@@ -81,16 +82,20 @@ def measured_peaks(dtype: str) -> Peaks:
 
     small, large = random_matrix(side), random_matrix(long_side)
 
-    def repeated(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-        # Each result is the next operand, or the compiler would take the work out of the loop.
-        return jax.jit(lambda x: jax.lax.fori_loop(0, repeats, lambda _, y: function(y), x))
+    def repeated(function: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable:
+        # Each result is the next operand, or the compiler would take the work out of the loop. The
+        # matrix is an argument: as a constant, it would become a part of the program.
+        return jax.jit(
+            lambda x, matrix: jax.lax.fori_loop(0, repeats, lambda _, y: function(y, matrix), x)
+        )
 
-    product, vector_product = repeated(lambda x: x @ small), repeated(lambda x: x @ large)
-    total = repeated(lambda least: jnp.sum(jnp.where(large > least, large, 0)))
+    product = repeated(lambda x, matrix: x @ matrix)
+    total = repeated(lambda least, matrix: jnp.sum(jnp.where(matrix > least, matrix, 0)))
+    row, least = large[0], jnp.zeros((), dtype)
     variants = {
-        "matrix products": lambda: product(small),
-        "vector products": lambda: vector_product(large[0]),
-        "sums": lambda: total(jnp.zeros((), dtype)),
+        "matrix products": lambda: product(small, small),
+        "vector products": lambda: product(row, large),
+        "sums": lambda: total(least, large),
     }
     timings = measure(variants, rounds=5, warmup=2)
     best = {name: min(timing.seconds) for name, timing in timings.items()}

@@ -1,4 +1,4 @@
-"""Streams that have run for an hour, made without running them.
+"""Models without a checkpoint, and streams that have run for an hour, made without running them.
 
 What a frame costs depends on what the caches hold, not on how it came there, so that the caches are
 filled with random keys and values at the positions that a stream would have given them.
@@ -8,14 +8,33 @@ Letters: T tokens that a layer stores, C cache capacity.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from videollm_mod_jax.models import LayerCache, VideoLLM, config_plan
+from videollm_mod_jax.models import (
+    Execution,
+    LayerCache,
+    VideoLLM,
+    VideoLLMConfig,
+    config_plan,
+    init_variables,
+    unstack_layers,
+)
 from videollm_mod_jax.streaming import engine
 from videollm_mod_jax.streaming.engine import StreamState
+
+
+def random_variables(config: VideoLLMConfig) -> dict[str, Any]:
+    """Random weights of a per-layer model, drawn stacked and taken apart.
+
+    What draws 32 unrolled layers takes minutes to compile for a GPU: every kernel of a layer with a
+    key of its own is a program of its own.
+    """
+    scanned = VideoLLM(config, Execution(scan=True))
+    return unstack_layers(init_variables(scanned, jax.random.key(0)), config_plan(config))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from videollm_mod_jax.benchmarking import device, floors
 from videollm_mod_jax.benchmarking.device import Peaks
-from videollm_mod_jax.benchmarking.filled import Context, fill
+from videollm_mod_jax.benchmarking.filled import Context, fill, random_variables
 from videollm_mod_jax.benchmarking.floors import measured
 from videollm_mod_jax.benchmarking.timing import Timing, measure
 from videollm_mod_jax.benchmarking.training import variants
@@ -28,7 +28,6 @@ from videollm_mod_jax.models import (
     VideoLLM,
     VideoLLMConfig,
     config_plan,
-    init_variables,
 )
 from videollm_mod_jax.models.flops import kv_cache_bytes
 from videollm_mod_jax.streaming import engine
@@ -179,7 +178,7 @@ def benchmark_stream(
         _check_memory(configs, room, streams, settings.int8)
     announce("measuring the device and drawing weights")
     peaks = device.measured_peaks(config.dtype)
-    variables = init_variables(VideoLLM(config), jax.random.key(0))
+    variables = random_variables(config)
     if settings.int8:
         config, variables = quantize_variables(config, variables)
         configs = variants(config)

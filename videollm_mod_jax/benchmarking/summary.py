@@ -63,7 +63,9 @@ def text(results: Mapping[Path, Mapping[str, Any]], directory: Path) -> str:
         where = (
             f"compiled for {result['target']['topology']}" if "target" in result else f"on {place}"
         )
-        parts.append(f"[{link}]({link}): `{config}` {where}; {versions}.")
+        flags = result["device"].get("xla_flags")
+        flags = f"; `XLA_FLAGS={flags}`" if flags else ""
+        parts.append(f"[{link}]({link}): `{config}` {where}; {versions}{flags}.")
     for folder in sorted({file.parent for file in results}):
         for picture in sorted(folder.glob("*.png")):
             link = Path(os.path.relpath(picture, directory)).as_posix()

@@ -124,20 +124,27 @@ def in_row_chunks(
       A tree of arrays [B, T, ...].
     """
     B, T = jax.tree.leaves(rows)[0].shape[:2]
-    if rows_at_once == 0 or rows_at_once >= T:
+    if rows_at_once == 0:
         return function(rows, weights, keys)
+
+    def chunked(rows, weights, keys):
+        if rows_at_once >= T:
+            return function(rows, weights, keys)
+        return row_loop(function, rows, weights, keys, rows_at_once)
+
     (batch,) = nn.logical_to_mesh_axes(("batch",)) or (None,)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or batch is None or B % math.prod(mesh.shape[axis] for axis in batch):
-        return row_loop(function, rows, weights, keys, rows_at_once)
+        return chunked(rows, weights, keys)
 
     # Each device loops over its own sequences with weights gathered before the loop, and sums its
-    # gradients with those of the others behind it. The partitioner would sum them in every chunk.
+    # gradients with those of the others behind it. The partitioner would sum them in every chunk,
+    # and would have every device draw the dropout of all.
     def local(rows, shared):
         weights, keys = jax.lax.pcast(shared, batch, to="varying")
         index = jax.lax.axis_index(batch)
         keys = jax.tree.map(lambda key: jax.random.fold_in(key, index), keys)
-        return row_loop(function, rows, weights, keys, rows_at_once)
+        return chunked(rows, weights, keys)
 
     split, whole = PartitionSpec(batch), PartitionSpec()
     return jax.shard_map(local, in_specs=(split, whole), out_specs=split, axis_names=set(batch))(

@@ -65,7 +65,7 @@ def make_train_step(
 
         def accumulate(total, part):
             index, microbatch = part
-            key = jax.random.fold_in(step_key, index)
+            key = _dropout_key(jax.random.fold_in(step_key, index))
             (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(
                 state.trained, frozen, microbatch, key
             )
@@ -112,6 +112,12 @@ def make_validation_step(model: VideoLLM, *, stream_weight: float) -> Validation
         return _batch_loss(model, merge_variables(trained, frozen), batch, stream_weight, {})
 
     return validation_step
+
+
+def _dropout_key(key: jax.Array) -> jax.Array:
+    """The same key for the generator that the device has: Threefry takes much longer for a mask."""
+    data = jax.random.key_data(key)
+    return jax.random.wrap_key_data(jnp.concatenate([data, data]), impl="rbg")
 
 
 def _batch_loss(
