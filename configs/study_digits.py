@@ -3,7 +3,9 @@
     python -m videollm_mod_jax.study --config configs/study_digits.py --workdir runs/study
 
 Eighteen variants with three seeds on `digits_scenes`, and the paper's tables beside theirs in
-`report.md`.
+`report.md`. Expect an hour on 2 CPU cores, LM-Correctness of about 64% with full computation and
+with Mixture-of-Depths, and 57 to 61% with EarlyExit, LayerSkip and random selection, each give or
+take five points by seed: `docs/study` has what came out, and what it proves.
 """
 
 import ml_collections

@@ -12,13 +12,13 @@ from tests import tiny, tiny_training
 from videollm_mod_jax import cli
 from videollm_mod_jax.benchmarking import device, floors, report, stream_tables, streaming
 from videollm_mod_jax.benchmarking.device import Peaks
-from videollm_mod_jax.benchmarking.filled import Context, fill
+from videollm_mod_jax.benchmarking.filled import Context, fill, random_variables
 from videollm_mod_jax.benchmarking.floors import Work
 from videollm_mod_jax.benchmarking.streaming import StreamSettings
 from videollm_mod_jax.benchmarking.timing import Timing
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.experiment import plain, read_training
-from videollm_mod_jax.models import LoraConfig, VideoLLM, full_computation
+from videollm_mod_jax.models import LoraConfig, VideoLLM, full_computation, init_variables
 from videollm_mod_jax.streaming import engine
 from videollm_mod_jax.training import hlo
 
@@ -28,6 +28,18 @@ SETTINGS = StreamSettings(
     minutes=(0.05, 0.1), fps=2.0, streams=(1, 2), new_tokens=3, rounds=2, warmup=1
 )
 FULL = dataclasses.replace(tiny.CONFIG, routing=full_computation())
+
+
+def test_random_weights_are_those_of_a_per_layer_model_and_no_two_layers_have_the_same():
+    variables = random_variables(tiny.CONFIG)
+    wanted = jax.eval_shape(lambda: init_variables(VideoLLM(tiny.CONFIG), jax.random.key(0)))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), variables) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), wanted
+    )
+    layers = [v for k, v in variables["params"]["decoder"].items() if k.startswith("layer_")]
+    kernels = [np.asarray(layer["block"]["mlp"]["up"]["kernel"]) for layer in layers]
+    assert len(kernels) == tiny.CONFIG.decoder.num_layers
+    assert len({kernel.tobytes() for kernel in kernels}) == len(kernels)
 
 
 def test_positions_are_those_of_the_drawing():

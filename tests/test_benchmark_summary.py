@@ -150,7 +150,7 @@ def test_weights_of_8_bits_do_not_stand_for_those_as_they_are():
 def test_the_page_lies_beside_the_results_and_links_them(tmp_path, capsys):
     report_file = tmp_path / "h200" / "train.json"
     report_file.parent.mkdir()
-    report_file.write_text(json.dumps(TRAIN))
+    report_file.write_text(json.dumps({**TRAIN, "device": {**H200, "xla_flags": "--xla_a=1"}}))
     (report_file.parent / "train-time.png").write_bytes(b"")
     (tmp_path / "other.json").write_text("{}")
     assert benchmark.main(["summary", str(tmp_path)]) == 0
@@ -159,7 +159,7 @@ def test_the_page_lies_beside_the_results_and_links_them(tmp_path, capsys):
     assert "` compiled for v5p:2x2x2; " in summary.text({tmp_path / "m.json": MEMORY}, tmp_path)
     assert "[h200/train.json](h200/train.json)" in page
     assert "![h200/train-time.png](h200/train-time.png)" in page
-    assert "jax 0.10.2" in page
+    assert "jax 0.10.2; `XLA_FLAGS=--xla_a=1`." in page
     assert benchmark.main(["summary", str(tmp_path / "h200" / "none")]) == 2
     assert "holds no results" in capsys.readouterr().err
 
