@@ -20,8 +20,8 @@
 # clips by heart, through low-rank adapters (LoRA), and narrates one of them back. Then the same
 # job is planned for a TPU slice and a real model, without a TPU.
 #
-# **Runtime**: any, CPU, GPU or TPU; no account is needed. It was run in its
-# small mode, which took 100 seconds on 2 CPU cores; with the sizes below it takes minutes.
+# **Runtime**: any, CPU, GPU or TPU; no account is needed. It takes about 9
+# minutes on 2 CPU cores.
 
 # %% [markdown]
 # ## Install

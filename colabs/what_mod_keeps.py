@@ -23,8 +23,8 @@
 # This notebook trains four small models that differ in nothing but that, looks at what they keep,
 # and plots quality against arithmetic, memory and time.
 #
-# **Runtime**: any, CPU, GPU or TPU; no account is needed. It was run in its
-# small mode, which took 100 seconds on 2 CPU cores; with the sizes below it takes minutes.
+# **Runtime**: any, CPU, GPU or TPU; no account is needed. It takes about 12 minutes on 2 CPU
+# cores.
 
 # %% [markdown]
 # ## Install
@@ -65,6 +65,9 @@ from IPython.display import Image, Video
 
 import videollm_mod_jax as vm
 from videollm_mod_jax import cli, stream
+from videollm_mod_jax.benchmarking.filled import Context
+from videollm_mod_jax.benchmarking.streaming import Streams
+from videollm_mod_jax.benchmarking.timing import measure
 from videollm_mod_jax.data import digits
 from videollm_mod_jax.models import full_computation
 from videollm_mod_jax.models.flops import kv_cache_bytes
@@ -91,7 +94,7 @@ TOWER_STEPS = 20 if SMALL else 1000  # updates of the vision tower that they sha
 LAYERS = 2 if SMALL else 4  # of the decoder
 TRAIN, TEST = (48, 8) if SMALL else (3000, 60)  # clips to learn from, clips to be judged on
 CLIPS = 2 if SMALL else 20  # of the latter, how many we watch ourselves
-LONG = 24 if SMALL else 600  # frames of the stream that is timed
+LONG = 24 if SMALL else 1200  # frames of the stream that is timed
 RUNS = Path("runs/what_mod_keeps_small" if SMALL else "runs/what_mod_keeps")
 
 # %% [markdown]
@@ -335,27 +338,18 @@ for name, scores in quality.items():
 # %% [markdown]
 # ## How fast are they?
 #
-# We measure the time from a frame's features to the decision to speak or stay silent, late in a
-# long stream. With `silence_threshold=0` the model never speaks, so that nothing else is timed.
-# Every model is measured three times, in turn, and the best median counts.
-
+# We measure the time from a frame's features to the decision to speak or stay silent, behind a
+# silent stream of `LONG` frames. The models take turns, and the median of each counts, as in
+# `python -m videollm_mod_jax.benchmark stream`.
 
 # %%
-def frame_ms(model: vm.LoadedModel) -> float:
-    """Milliseconds per frame over the second half of a stream of LONG frames."""
-    session = vm.StreamingSession(
-        model, silence_threshold=0.0, max_frames=LONG, max_text_tokens=LONG + 256
-    )
-    repeated = (vm.Frame(i / 2, frames[i % len(frames)].image) for i in range(LONG))
-    for encoded in [session.encode(frame) for frame in repeated]:
-        session.see(encoded)
-    return 1e3 * float(np.median([timing.prefill for timing in session.timings[LONG // 2 :]]))
-
-
-milliseconds = dict.fromkeys(models, np.inf)
-for _ in range(3):
-    for name, trained in models.items():
-        milliseconds[name] = min(milliseconds[name], frame_ms(trained))
+seen, room = Context(frames=LONG, text=LONG), Context(frames=2 * LONG, text=2 * LONG)
+streams = {
+    name: Streams(trained.model, trained.variables, seen, room, batch_size=1)
+    for name, trained in models.items()
+}
+timings = measure({name: stream.see for name, stream in streams.items()}, rounds=20, warmup=2)
+milliseconds = {name: 1e3 * timing.median for name, timing in timings.items()}
 for name, time in milliseconds.items():
     print(f"{name:22}{time:8.2f} ms per frame")
 

@@ -19,9 +19,6 @@ ROOT = Path(__file__).parents[1]
 NAMES = ("quickstart", "what_mod_keeps", "finetune_your_video", "convert_llava")
 """In the order in which a newcomer wants them."""
 
-STORED = ("quickstart", "convert_llava")
-"""Those that stand in the repository with the outputs of a run in full."""
-
 CLIPS = {"quickstart": 1, "what_mod_keeps": 1, "finetune_your_video": 2, "convert_llava": 1}
 FIGURES = {"quickstart": 1, "what_mod_keeps": 4, "finetune_your_video": 1, "convert_llava": 1}
 """How many of each are displayed at least."""
@@ -94,7 +91,7 @@ def test_a_notebook_says_where_it_runs_and_for_how_long(name):
     assert f'"{repository}"' in "".join(cell.source for cell in notebook(name).cells)
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_outputs_of_a_full_run_are_stored(name):
     path = ROOT / "colabs" / f"{name}.ipynb"
     assert path.stat().st_size < 1_000_000

@@ -78,7 +78,7 @@ def study(
     names = list(chosen(experiment.model, tuple(only)))
     # Seeds and rounds may change: they add runs, and alter none.
     loop.claim_workdir(workdir, _without_study(table))
-    began = time.perf_counter()
+    watch = _Stopwatch(workdir)
     if not (workdir / BASELINES).exists():
         console.print("drawing streams, pretraining the tower, encoding frames")
         in_process(_prepare, workdir, table, workdir)
@@ -88,12 +88,12 @@ def study(
         if not _result_path(workdir, name, seed).exists()
     ]
     if jobs:
-        _run_all(table, workdir, jobs, workers, console)
+        _run_all(table, workdir, jobs, workers, watch, console)
     measured = _read_if(workdir / MEASURED)
     if measured is None or measured["variants"].keys() != set(_to_measure(table, workdir)):
         console.print("measuring what every variant costs")
         in_process(_measure, workdir, table, workdir)
-    _add_seconds(workdir, time.perf_counter() - began)
+    watch.save()
     write_report(table, workdir)
     console.print(f"report: {workdir / REPORT}")
 
@@ -164,9 +164,17 @@ def _read_if(path: Path) -> Any:
     return read_json(path) if path.exists() else None
 
 
-def _add_seconds(workdir: Path, seconds: float) -> None:
-    here = read_json(workdir / HERE)
-    write_json(workdir / HERE, here | {"seconds": here["seconds"] + seconds})
+class _Stopwatch:
+    """Adds up what a study takes, over all processes that go on with it."""
+
+    def __init__(self, workdir: Path):
+        self._workdir, self._saved = workdir, time.perf_counter()
+
+    def save(self) -> None:
+        """Adds what has passed since it was last called, so that a killed study loses little."""
+        here, now = read_json(self._workdir / HERE), time.perf_counter()
+        write_json(self._workdir / HERE, here | {"seconds": here["seconds"] + now - self._saved})
+        self._saved = now
 
 
 def _run_all(
@@ -174,6 +182,7 @@ def _run_all(
     workdir: Path,
     jobs: Sequence[tuple[str, int]],
     workers: int | None,
+    watch: _Stopwatch,
     console: Console,
 ) -> None:
     """Runs jobs on all devices, with a line for each that is done."""
@@ -192,6 +201,7 @@ def _run_all(
                     f"{done}/{len(jobs)} {name}, seed {seed}: {_line(future)}; about "
                     f"{left / 60:.0f} min left"
                 )
+                watch.save()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
