@@ -343,9 +343,9 @@ for name, scores in quality.items():
 # `python -m videollm_mod_jax.benchmark stream`.
 
 # %%
-seen, room = Context(frames=LONG, text=LONG), Context(frames=2 * LONG, text=2 * LONG)
+seen, capacity = Context(frames=LONG, text=LONG), Context(frames=2 * LONG, text=2 * LONG)
 streams = {
-    name: Streams(trained.model, trained.variables, seen, room, batch_size=1)
+    name: Streams(vm.VideoLLM(trained.config), trained.variables, seen, capacity, batch_size=1)
     for name, trained in models.items()
 }
 timings = measure({name: stream.see for name, stream in streams.items()}, rounds=20, warmup=2)
