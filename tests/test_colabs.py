@@ -86,7 +86,7 @@ def test_a_notebook_says_where_it_runs_and_for_how_long(name):
     opens = f"https://colab.research.google.com/github/{github}/blob/main/colabs/{name}.ipynb"
     assert f"({opens})" in first
     assert re.search(
-        r"\*\*Runtime\*\*: .*\d+ (minutes|seconds).* on\s+2 CPU cores", first, re.DOTALL
+        r"\*\*Runtime\*\*: .*\d+\s+(minutes|seconds).* on\s+2\s+CPU\s+cores", first, re.DOTALL
     )
     assert f'"{repository}"' in "".join(cell.source for cell in notebook(name).cells)
 
