@@ -14,7 +14,11 @@ from videollm_mod_jax.models import EMPTY, LayerCache
 from videollm_mod_jax.models.attention import causal_attention
 from videollm_mod_jax.models.cached_attention import cached_attention
 
-pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "gpu",
+    reason="cuDNN and compiled Triton kernels run on NVIDIA GPUs only; interpret mode and lowering "
+    "are tested everywhere, in test_attention.py and test_cached_attention.py",
+)
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 CAPACITY = 5000
@@ -67,8 +71,10 @@ def test_cudnn_is_attention_and_its_gradients(T, heads, E):
             assert_near(ours, theirs, TOLERANCE["bfloat16"])
 
 
-@pytest.mark.parametrize("kernels", ["gpu", "xla"])
-@pytest.mark.parametrize("dtype", TOLERANCE)
+# Those of the GPU do not serve float32: see `choose_kernels`.
+@pytest.mark.parametrize(
+    ("kernels", "dtype"), [("gpu", "bfloat16"), ("xla", "bfloat16"), ("xla", "float32")]
+)
 @pytest.mark.parametrize("heads", [(32, 8), (4, 4), (8, 1)], ids=str)
 @pytest.mark.parametrize("T", [1, 3, 11, 257])
 @pytest.mark.parametrize("start_B", [(0,), (1, 511, 4743), (4096, 0)], ids=str)
