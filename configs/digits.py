@@ -61,7 +61,13 @@ def get_config() -> ml_collections.ConfigDict:
     }
 
     # The frozen vision tower, pretrained to tell what stands at each place of a frame.
-    config.tower = {"steps": 1200, "batch_size": 128, "learning_rate": 3e-3, "seed": 0}
+    config.tower = {
+        "steps": 1200,
+        "batch_size": 128,
+        "learning_rate": 3e-3,
+        "summary_weight": 0.3,
+        "seed": 0,
+    }
 
     config.training = {
         "steps": 1400,

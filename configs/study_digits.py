@@ -61,7 +61,14 @@ def get_config() -> ml_collections.ConfigDict:
         "num_workers": 0,
     }
 
-    config.tower = {"steps": 800, "batch_size": 64, "learning_rate": 3e-3, "seed": 0}
+    config.tower = {
+        "steps": 800,
+        "batch_size": 64,
+        "learning_rate": 3e-3,
+        # With a CLS token that names the digits, a model does without the tokens that are routed.
+        "summary_weight": 0.0,
+        "seed": 0,
+    }
 
     config.training = {
         "steps": 1000,

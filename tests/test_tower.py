@@ -32,7 +32,7 @@ CONFIG = VideoLLMConfig(
 
 @pytest.fixture(scope="module")
 def pretrained():
-    config = TowerConfig(steps=160, batch_size=64, learning_rate=3e-3, seed=0)
+    config = TowerConfig(steps=160, batch_size=64, learning_rate=3e-3, summary_weight=0.3, seed=0)
     return pretrain_tower(CONFIG.vision, config, CANVAS)
 
 
@@ -79,13 +79,13 @@ def test_places_are_linearly_readable_on_unseen_scans(pretrained):
 
 def test_pretraining_twice_gives_the_same_tower():
     vision = dataclasses.replace(CONFIG.vision, width=8, mlp_width=8, num_layers=1, num_heads=1)
-    config = TowerConfig(steps=2, batch_size=2, learning_rate=1e-3, seed=3)
+    config = TowerConfig(steps=2, batch_size=2, learning_rate=1e-3, summary_weight=0.3, seed=3)
     first, second = (pretrain_tower(vision, config, CANVAS).params for _ in range(2))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, first, second)))
 
 
 def test_pretraining_refuses_what_it_cannot_label():
-    config = TowerConfig(steps=2, batch_size=2, learning_rate=1e-3, seed=0)
+    config = TowerConfig(steps=2, batch_size=2, learning_rate=1e-3, summary_weight=0.3, seed=0)
     with pytest.raises(UserError, match=r"pool is \(2, 2\)"):
         pretrain_tower(dataclasses.replace(CONFIG.vision, pool=(2, 2)), config, CANVAS)
     with pytest.raises(UserError, match=r"tower.steps is 0"):

@@ -2,7 +2,8 @@
 
 Every spatial token learns to say which digit stands at its place, or that none does, and the CLS
 token which digits are in the frame, so that both can be read linearly from the frame tokens that
-the language model gets. Only scans of the training split are drawn.
+the language model gets. With `summary_weight` 0 the CLS token is trained for nothing, and what a
+frame shows has to be read from its spatial tokens. Only scans of the training split are drawn.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ _DRAWN, _VALIDATED = 8192, 1024
 # which learns identity in half the updates.
 _OVERLAID = 3
 _NOISE, _SHADE, _CONTRAST = 25.0, 20.0, 0.2  # grey levels, grey levels, share
-_SUMMARY_WEIGHT, _WEIGHT_DECAY = 0.3, 0.3
+_WEIGHT_DECAY = 0.3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,18 +42,25 @@ class TowerConfig:
       steps: updates.
       batch_size: frames per update.
       learning_rate: peak of the cosine, after a warm-up over a fifteenth of the steps.
+      summary_weight: of the loss at the CLS token, beside the loss of the spatial tokens.
       seed: of the initial weights, the frames and their disturbance.
     """
 
     steps: int
     batch_size: int
     learning_rate: float
+    summary_weight: float
     seed: int
 
     def __post_init__(self):
         for field in ("steps", "batch_size"):
             if getattr(self, field) < 1:
                 raise UserError(f"tower.{field} is {getattr(self, field)}; it must be at least 1")
+        if self.summary_weight < 0:
+            raise UserError(
+                f"tower.summary_weight is {self.summary_weight}; expected 0 or more, where 0 "
+                "leaves the CLS token untrained"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +171,7 @@ def pretrain_tower(vision: VisionConfig, config: TowerConfig, canvas: Canvas) ->
     @jax.jit
     def update(variables, opt_state, images_NYX, labels_NP, key):
         images_BYX, labels_BP = _disturb(images_NYX, labels_NP, canvas.background, key)
-        gradients = jax.grad(_loss)(variables, model, images_BYX, labels_BP)
+        gradients = jax.grad(_loss)(variables, model, images_BYX, labels_BP, config.summary_weight)
         changes, opt_state = optimizer.update(gradients, opt_state, variables)
         return optax.apply_updates(variables, changes), opt_state
 
@@ -231,13 +239,17 @@ def _present(labels_BP: jax.Array, background: int) -> jax.Array:
 
 
 def _loss(
-    variables: Mapping[str, Any], model: _Readout, images_BYX: jax.Array, labels_BP: jax.Array
+    variables: Mapping[str, Any],
+    model: _Readout,
+    images_BYX: jax.Array,
+    labels_BP: jax.Array,
+    summary_weight: float,
 ) -> jax.Array:
     places_BPC, frame_BC, _ = model.apply(variables, images_BYX)
     known_BP = labels_BP != UNKNOWN
     each_BP = optax.softmax_cross_entropy_with_integer_labels(places_BPC, jnp.maximum(labels_BP, 0))
     summary = optax.sigmoid_binary_cross_entropy(frame_BC, _present(labels_BP, model.background))
-    return jnp.sum(each_BP * known_BP) / jnp.sum(known_BP) + _SUMMARY_WEIGHT * summary.mean()
+    return jnp.sum(each_BP * known_BP) / jnp.sum(known_BP) + summary_weight * summary.mean()
 
 
 def _judge(
