@@ -4,7 +4,8 @@
 
 For every rule set and model, REPORT (JSON) says how far one update of the very step that `train`
 runs is from the same update on one device, whether weights and moments lie where they should, and
-which collectives over rows of the residual stream the compiled step holds.
+which collectives over rows of the residual stream the compiled step holds; and, by rows at a time,
+what a device draws of the dropout.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +27,8 @@ from videollm_mod_jax.models import (
     config_plan,
     full_computation,
 )
+from videollm_mod_jax.models.row_loop import Keys
+from videollm_mod_jax.models.row_wise import in_row_chunks
 from videollm_mod_jax.training import sharding
 from videollm_mod_jax.training.optimizer import split_variables
 from videollm_mod_jax.training.run import Run
@@ -154,6 +158,24 @@ def compare(name: str) -> dict[str, dict]:
     return report
 
 
+def dropout(rows_at_once: int) -> dict[str, Any]:
+    """Of 16 sequences of 6 rows: the shape that is drawn at a time, and what became of ones."""
+    drawn = []
+
+    def drop(x_BTD: jax.Array, weights: tuple[()], keys: Keys) -> jax.Array:
+        del weights
+        drawn.append(x_BTD.shape)
+        return x_BTD * jax.random.bernoulli(keys["q"], 0.5, x_BTD.shape)
+
+    layout = sharding.make_layout("fsdp", LAYOUTS["fsdp"])
+    with layout.active():
+        ones = jax.device_put(np.ones((16, 6, 4), np.float32), layout.batch)
+        keys = {"q": jax.random.key(0)}
+        dropped = jax.jit(lambda x: in_row_chunks(drop, x, (), keys, rows_at_once))(ones)
+    return {"drawn": drawn[-1], "dropped": np.asarray(dropped).tolist()}
+
+
 if __name__ == "__main__":
     found = {name: compare(name) for name in (*UNROLLED, SCANNED)}
+    found["dropout"] = {rows_at_once: dropout(rows_at_once) for rows_at_once in (0, 6, 3)}
     Path(sys.argv[1]).write_text(json.dumps(found))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh
@@ -69,6 +70,16 @@ def test_routing_moves_no_rows_that_the_dense_model_does_not_move(report, rules)
     assert not collections.Counter(unrouted) - dense
     if rules == "fsdp_tensor":
         assert any(f",{M}," in name for name in routed)
+
+
+@pytest.mark.parametrize("rows_at_once", [6, 3])
+def test_a_device_draws_the_dropout_of_its_own_sequences_alone(report, rows_at_once):
+    found = report["dropout"][str(rows_at_once)]
+    assert found["drawn"] == [2, rows_at_once, 4]
+    # 48 numbers of each device; without folding its index in, all would draw the same.
+    by_device = np.reshape(found["dropped"], (8, -1))
+    assert len(np.unique(by_device, axis=0)) == 8
+    assert report["dropout"]["0"]["drawn"] == [16, 6, 4]
 
 
 def test_a_collective_is_found_by_its_rows():
