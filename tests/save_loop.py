@@ -29,6 +29,14 @@ def state_of(step: int) -> TrainState:
     )
 
 
+def say(line: str) -> None:
+    """Writes a line in one call, so that a kill leaves it whole or not there.
+
+    Not by `print`, which writes word by word where PYTHONUNBUFFERED is set.
+    """
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
 def main(workdir: Path) -> None:
     """Resumes, checks, and saves every `INTERVAL` steps."""
     with Checkpointer(workdir, keep=2) as checkpointer:
@@ -36,12 +44,12 @@ def main(workdir: Path) -> None:
         if step:
             restored = checkpointer.restore(step, state_of(0))
             jax.tree.map(np.testing.assert_array_equal, restored, state_of(step))
-        print("resumed", step, os.getpid(), flush=True)
+        say(f"resumed {step} {os.getpid()}")
         while True:
             step += INTERVAL
             # Returns when the save before it is whole, and goes on in the background.
             checkpointer.save(step, state_of(step))
-            print("saving", step, flush=True)
+            say(f"saving {step}")
 
 
 if __name__ == "__main__":
@@ -51,4 +59,4 @@ if __name__ == "__main__":
         if not child:
             main(Path(sys.argv[1]))
         os.waitpid(child, 0)
-        print("dead", flush=True)
+        say("dead")
