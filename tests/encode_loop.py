@@ -10,6 +10,7 @@ import os
 import sys
 import time
 
+from tests.killed import say
 from videollm_mod_jax import encode, encoding
 from videollm_mod_jax.data import video_folder
 
@@ -21,7 +22,7 @@ def write_shards(encode_frames, *arguments):
         if not said:
             encode_frames(images_BAAC)
             said.append(True)
-            print("encoding", os.getpid(), flush=True)
+            say(f"encoding {os.getpid()}")
         time.sleep(0.03)
         return encode_frames(images_BAAC)
 
@@ -38,7 +39,7 @@ if __name__ == "__main__":
     for _ in sys.stdin:
         child = os.fork()
         if not child:
-            print("begun", os.getpid(), flush=True)
+            say(f"begun {os.getpid()}")
             flags = ["--checkpoint", model, "--videos", videos, "--out", out, "--workers", "2"]
             sys.exit(encode.main(flags))
-        print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        say(f"ended {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}")

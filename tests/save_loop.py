@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from tests.killed import say
 from videollm_mod_jax.training.checkpoint import Checkpointer
 from videollm_mod_jax.training.state import TrainState
 
@@ -27,14 +28,6 @@ def state_of(step: int) -> TrainState:
         opt_state={"moment": np.full((512, 512), -step, np.float32)},
         rng=np.full(2, step, np.uint32),
     )
-
-
-def say(line: str) -> None:
-    """Writes a line in one call, so that a kill leaves it whole or not there.
-
-    Not by `print`, which writes word by word where PYTHONUNBUFFERED is set.
-    """
-    os.write(sys.stdout.fileno(), f"{line}\n".encode())
 
 
 def main(workdir: Path) -> None:

@@ -84,6 +84,14 @@ def test_pretraining_twice_gives_the_same_tower():
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, first, second)))
 
 
+def test_the_cls_token_is_trained_by_its_weight():
+    vision = dataclasses.replace(CONFIG.vision, width=8, mlp_width=8, num_layers=1, num_heads=1)
+    config = TowerConfig(steps=2, batch_size=2, learning_rate=1e-3, summary_weight=0.0, seed=3)
+    weighted = dataclasses.replace(config, summary_weight=0.3)
+    without, with_it = (pretrain_tower(vision, c, CANVAS).params for c in (config, weighted))
+    assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, without, with_it)))
+
+
 def test_pretraining_refuses_what_it_cannot_label():
     config = TowerConfig(steps=2, batch_size=2, learning_rate=1e-3, summary_weight=0.3, seed=0)
     with pytest.raises(UserError, match=r"pool is \(2, 2\)"):

@@ -71,7 +71,8 @@ class PretrainedTower:
       params: of `VisionTower`, float32.
       digit_accuracy: share of the places with a digit whose spatial token names it.
       empty_accuracy: share of the empty places whose spatial token says so.
-      summary_accuracy: share of (frame, digit) whose presence the CLS token tells.
+      summary_accuracy: share of (frame, digit) whose presence the CLS token tells; means
+        nothing with a `summary_weight` of 0.
       feature_rms: root mean square of the frame tokens.
     """
 
