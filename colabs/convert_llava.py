@@ -347,6 +347,7 @@ ROUTING = RoutingConfig(
     selection="learned",
     weighting="tanh1",
     force_keep_last=False,
+    exploration=0.0,
 )
 pooled = dataclasses.replace(sevenb, vision=dataclasses.replace(sevenb.vision, pool=(3, 3)))
 MODELS = {

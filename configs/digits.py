@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
         "selection": "learned",
         "weighting": "paper",
         "force_keep_last": False,
+        "exploration": 0.0,
     }
     # Everything is trained from random weights, so there is nothing to adapt.
     config.model.lora = {"rank": 0, "alpha": 1.0, "dropout": 0.0, "targets": ()}

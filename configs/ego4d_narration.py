@@ -34,6 +34,7 @@ MOD = {
     "selection": "learned",
     "weighting": "tanh1",
     "force_keep_last": False,
+    "exploration": 0.0,
 }
 ROUTING = {
     "mod": MOD,

@@ -2,7 +2,7 @@
 
     python -m videollm_mod_jax.study --config configs/study_digits.py --workdir runs/study
 
-Eighteen variants with three seeds on `digits_scenes`, and the paper's tables beside theirs in
+Twenty variants with three seeds on `digits_scenes`, and the paper's tables beside theirs in
 `report.md`. Expect an hour on 2 CPU cores, LM-Correctness of about 64% with full computation and
 with Mixture-of-Depths, and 57 to 61% with EarlyExit, LayerSkip and random selection, each give or
 take five points by seed: `docs/study` has what came out, and what it proves.
@@ -36,6 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
         "selection": "learned",
         "weighting": "tanh1",
         "force_keep_last": False,
+        "exploration": 0.0,
     }
     config.model.lora = {"rank": 0, "alpha": 1.0, "dropout": 0.0, "targets": ()}
     config.model.newline = False
@@ -65,9 +66,9 @@ def get_config() -> ml_collections.ConfigDict:
         "steps": 800,
         "batch_size": 64,
         "learning_rate": 3e-3,
-        # As SigLIP's summary tells what an image shows. With 0 it tells nothing, and all has to be
-        # read from the tokens that are routed: docs/study/findings.md compares both.
-        "summary_weight": 0.3,
+        # The CLS token tells nothing, so that all has to be read from the tokens that are routed.
+        # Trained as SigLIP's (0.3), it says most of what there is to say: see docs/study/task.md.
+        "summary_weight": 0.0,
         "seed": 0,
     }
 

@@ -252,6 +252,7 @@ def test_routers_of_the_authors_come_along(base, tower, adapter, weighted):
         selection="learned",
         weighting="official" if weighted else "none",
         force_keep_last=False,
+        exploration=0.0,
     )
     assert (conversion.config.tokens_per_frame, conversion.fresh) == (5, ())
     reader = VariableReader(conversion)
@@ -306,6 +307,7 @@ def test_strategies_are_those_drawn(text, insertion, selection, weighting, layer
         selection=selection,
         weighting=weighting,
         force_keep_last=False,
+        exploration=0.0,
     )
 
 

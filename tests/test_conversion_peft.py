@@ -313,6 +313,7 @@ def test_the_full_size_adapter_of_videollm_online_has_exactly_our_names_and_shap
         selection="learned",
         weighting="official",
         force_keep_last=False,
+        exploration=0.0,
     )
     config = VideoLLMConfig(
         decoder=decoder,

@@ -246,6 +246,25 @@ def test_fresh_adapters_change_nothing():
     )
 
 
+def test_only_training_explores_and_anew_in_every_layer_and_step():
+    config = tiny.routed(insertion="all-deep", exploration=1.0)
+    variables, batch = prepared(), tiny.batch(9, text=5, frames=40)
+    stacked = stack_layers(variables, config_plan(config))
+
+    def kept(config, **options):
+        apply = jax.jit(VideoLLM(config, Execution(scan=True, remat=True)).apply)
+        return [
+            offsets for offsets in apply(stacked, **batch, **options).kept if offsets is not None
+        ]
+
+    learned = kept(tiny.routed(insertion="all-deep"))
+    jax.tree.map(np.testing.assert_array_equal, kept(config), learned)
+    steps = [kept(config, rngs={"dropout": jax.random.key(i)}) for i in (0, 0, 1)]
+    jax.tree.map(np.testing.assert_array_equal, steps[0], steps[1])
+    for drawn, other in ((steps[0], learned), (steps[0], steps[2]), (steps[0], steps[0][::-1])):
+        assert all(np.any(a != b) for a, b in zip(drawn, other, strict=True))
+
+
 def test_dropout_acts_on_adapters_and_only_with_a_dropout_key():
     lora = dataclasses.replace(LORA, dropout=0.5)
     config = dataclasses.replace(tiny.CONFIG, lora=lora)

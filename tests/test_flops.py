@@ -27,6 +27,7 @@ def routed(insertion, keep_ratio):
         selection="learned",
         weighting="paper",
         force_keep_last=False,
+        exploration=0.0,
     )
 
 

@@ -70,6 +70,7 @@ def test_a_keep_ratio_per_layer_gives_each_layer_its_own_count():
         selection="learned",
         weighting="tanh1",
         force_keep_last=False,
+        exploration=0.0,
     )
     assert layer_plan(4, routing, 10) == (D, D, LayerSpec(5), LayerSpec(2))
 
@@ -113,6 +114,8 @@ def test_stacking_and_unstacking_are_inverse(insertion):
         ({"insertion": "interlaced"}, "choose one of interleaved"),
         ({"keep_ratio": 1.5}, r"must lie in \[0, 1\]"),
         ({"weighting": "tanh"}, "choose one of paper, official, tanh1, none"),
+        ({"exploration": -0.1}, r"routing.exploration is -0.1; it must lie in \[0, 1\]"),
+        ({"exploration": 0.3, "selection": "random"}, "'random': set exploration to 0"),
     ],
 )
 def test_a_wrong_routing_is_refused_by_name(change, message):

@@ -38,6 +38,24 @@ def test_compact_rows_drawn_example():
     assert is_vision.tolist() == [[False, True, False, True]]
 
 
+def test_exploring_frames_keep_every_token_alike_and_the_others_what_the_router_likes():
+    N, keep, share, frames = 5, 2, 0.25, 4000
+    scores = jnp.broadcast_to(-jnp.arange(N, dtype=jnp.float32), (1, frames, N))
+    explored = routing.explored_scores(scores, share, jax.random.key(0))
+    explores = np.any(explored != scores, axis=-1)[0]
+    assert np.mean(explores) == pytest.approx(share, abs=0.03)
+    kept = np.asarray(select(explored, keep))[0]
+    np.testing.assert_array_equal(kept[~explores], np.broadcast_to([0, 1], (sum(~explores), 2)))
+    counts = np.bincount(kept[explores].ravel(), minlength=N) / sum(explores)
+    np.testing.assert_allclose(counts, keep / N, atol=0.06)
+
+
+def test_no_share_explores_nothing_and_all_of_it_everything():
+    scores = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    np.testing.assert_array_equal(routing.explored_scores(scores, 0.0, jax.random.key(0)), scores)
+    assert np.all(routing.explored_scores(scores, 1.0, jax.random.key(0)) != scores)
+
+
 @pytest.mark.parametrize("keep", [0, 1, 2, 4])
 @pytest.mark.parametrize("seed", range(5))
 def test_compact_rows_are_text_and_kept_tokens_in_order(keep, seed):

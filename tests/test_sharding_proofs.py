@@ -102,6 +102,7 @@ def llama3_8b() -> VideoLLMConfig:
             selection="learned",
             weighting="paper",
             force_keep_last=False,
+            exploration=0.0,
         ),
         lora=LoraConfig(rank=128, alpha=256.0, dropout=0.05, targets=(*LINEAR_NAMES, "lm_head")),
         newline=False,

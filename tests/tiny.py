@@ -55,6 +55,7 @@ ROUTING = RoutingConfig(
     selection="learned",
     weighting="paper",
     force_keep_last=False,
+    exploration=0.0,
 )
 
 CONFIG = VideoLLMConfig(

@@ -136,7 +136,8 @@ def write_report(table: Table, workdir: Path) -> None:
         "runs": f"{len(runs)} of {len(known) * len(settings.seeds)}, "
         f"{len(known)} variants with seeds {', '.join(map(str, settings.seeds))}",
         "model": f"{model.decoder.num_layers} layers of width {model.decoder.hidden_size}, "
-        f"{model.tokens_per_frame} tokens per frame, {data.frames} frames; random weights",
+        f"{model.tokens_per_frame} tokens per frame, {data.frames} frames",
+        "start": _start(settings),
         "routing": f"{model.routing.insertion}, {model.routing.selection}, r = "
         f"{model.routing.keep_ratio}, weighting {model.routing.weighting}; every other variant "
         "changes one thing of it",
@@ -150,6 +151,12 @@ def write_report(table: Table, workdir: Path) -> None:
     text += "\n## Figures\n\n" + "\n\n".join(f"![{p.stem}]({p.name})" for p in drawn) + "\n"
     with files.written_aside(workdir / REPORT) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def _start(settings: StudyConfig) -> str:
+    if not settings.pretraining_steps:
+        return "random weights"
+    return f"one model after {settings.pretraining_steps} updates with full computation"
 
 
 def _without_study(table: Table) -> dict[str, Any]:

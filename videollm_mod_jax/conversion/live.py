@@ -242,6 +242,7 @@ def _routing(
         selection=selection,
         weighting="official" if weighted else "none",
         force_keep_last=False,
+        exploration=0.0,
     )
 
 

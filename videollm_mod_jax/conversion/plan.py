@@ -227,6 +227,7 @@ def _routing(draft: Draft, options: Options) -> RoutingConfig:
         selection="learned",
         weighting=options.weighting or "tanh1",
         force_keep_last=False,
+        exploration=0.0,
     )
 
 

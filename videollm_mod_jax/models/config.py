@@ -112,6 +112,10 @@ class RoutingConfig:
         pretrained block starts unchanged (p-MoD, arXiv 2412.04449); `none` x + f(x), whose router
         gets no gradient. Text tokens always get x + f(x).
       force_keep_last: always keep a frame's last token, where the decision to stay silent is read.
+      exploration: in training, the share of frames whose kept tokens a layer draws at random
+        instead of by its router, anew in every step. A router's gradient comes from kept tokens
+        alone, so that without any it learns nothing of what it ranks last. Nothing but a training
+        step explores. 0, the paper's: never.
     """
 
     insertion: str | tuple[int, ...]
@@ -119,6 +123,7 @@ class RoutingConfig:
     selection: str
     weighting: str
     force_keep_last: bool
+    exploration: float
 
     def __post_init__(self):
         if isinstance(self.insertion, str):
@@ -128,6 +133,15 @@ class RoutingConfig:
         ratios = self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,)
         for ratio in ratios:
             require(0 <= ratio <= 1, f"routing.keep_ratio is {ratio}; it must lie in [0, 1]")
+        require(
+            0 <= self.exploration <= 1,
+            f"routing.exploration is {self.exploration}; it must lie in [0, 1]",
+        )
+        require(
+            self.exploration == 0 or self.selection == "learned",
+            f"routing.exploration is {self.exploration}, which needs a router that selects; "
+            f"routing.selection is {self.selection!r}: set exploration to 0",
+        )
 
 
 def full_computation() -> RoutingConfig:
@@ -152,6 +166,7 @@ def _baseline(insertion: str | tuple[int, ...]) -> RoutingConfig:
         selection="uniform",
         weighting="none",
         force_keep_last=False,
+        exploration=0.0,
     )
 
 

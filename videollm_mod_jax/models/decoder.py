@@ -219,10 +219,15 @@ class Layer(nn.Module):
         B, F = frame_starts_BF.shape
         vision_BR = routing.vision_rows(frame_starts_BF, N)
         score_BS = routing.router_scores(jax.lax.stop_gradient(x_BSD), kernel_D)
+        score_BFN = routing.gather_rows(score_BS, vision_BR).reshape(B, F, N)
+        if settings.exploration > 0 and self.has_rng("dropout"):
+            score_BFN = routing.explored_scores(
+                score_BFN, settings.exploration, self.make_rng("dropout")
+            )
         offsets_BFK = routing.select_tokens(
             routing.selection_scores(
                 settings.selection,
-                routing.gather_rows(score_BS, vision_BR).reshape(B, F, N),
+                score_BFN,
                 jnp.take_along_axis(position_BS, frame_starts_BF, axis=1),
                 layer_index,
                 keep,

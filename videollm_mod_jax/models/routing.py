@@ -94,6 +94,30 @@ def selection_scores(
     return scores_BFN
 
 
+def explored_scores(router_scores_BFN: jax.Array, share: float, key: jax.Array) -> jax.Array:
+    """Router scores of a training step, with random ones in place of those of a share of frames.
+
+    ```
+    scores  (.1 .9 .3) (.2 .8 .4), share .5  ->  (.1 .9 .3) (.71 .05 .38)
+    ```
+
+    A whole frame at a time, so that every token of a frame that explores is kept as often as any
+    other. What the router thinks of them still weighs them, and so learns from them.
+
+    Args:
+      router_scores_BFN: float32.
+      share: of the frames that explore, in [0, 1]; each is drawn by itself.
+      key: of the step and the layer.
+
+    Returns:
+      float32 [B, F, N].
+    """
+    choice_key, score_key = jax.random.split(key)
+    explores_BF = jax.random.bernoulli(choice_key, share, router_scores_BFN.shape[:2])
+    random_BFN = jax.random.uniform(score_key, router_scores_BFN.shape)
+    return jnp.where(explores_BF[..., None], random_BFN, router_scores_BFN)
+
+
 def compact_rows(
     frame_starts_BF: jax.Array, offsets_BFK: jax.Array, sequence_length: int, tokens_per_frame: int
 ) -> Rows:

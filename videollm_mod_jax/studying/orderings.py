@@ -47,6 +47,7 @@ ORDERINGS = (
     Ordering(FULL, EARLY_EXIT),
     Ordering(FULL, LAYER_SKIP),
     Ordering(MOD, "all"),
+    Ordering("all", "all-uniform"),
 )
 
 
