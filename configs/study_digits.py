@@ -3,9 +3,8 @@
     python -m videollm_mod_jax.study --config configs/study_digits.py --workdir runs/study
 
 Twenty variants with three seeds on `digits_scenes`, and the paper's tables beside theirs in
-`report.md`. Expect an hour on 2 CPU cores, LM-Correctness of about 64% with full computation and
-with Mixture-of-Depths, and 57 to 61% with EarlyExit, LayerSkip and random selection, each give or
-take five points by seed: `docs/study` has what came out, and what it proves.
+`report.md`. Expect 70 minutes on 2 CPU cores, and LM-Correctness between 52 and 59%, each give or
+take four points by seed: `docs/study` has what came out, and how little of it three seeds prove.
 """
 
 import ml_collections
