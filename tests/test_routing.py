@@ -38,6 +38,15 @@ def test_compact_rows_drawn_example():
     assert is_vision.tolist() == [[False, True, False, True]]
 
 
+def test_explored_scores_drawn_example():
+    scores = jnp.array([[[0.1, 0.9, 0.3], [0.2, 0.8, 0.4]]])
+    draws = [routing.explored_scores(scores, 0.5, jax.random.key(i))[0] for i in range(20)]
+    changed = [np.any(explored != scores[0], axis=-1).tolist() for explored in draws]
+    explored = draws[changed.index([False, True])]
+    np.testing.assert_array_equal(explored[0], scores[0, 0])
+    assert np.all((explored[1] >= 0) & (explored[1] < 1) & (explored[1] != scores[0, 1]))
+
+
 def test_exploring_frames_keep_every_token_alike_and_the_others_what_the_router_likes():
     N, keep, share, frames = 5, 2, 0.25, 4000
     scores = jnp.broadcast_to(-jnp.arange(N, dtype=jnp.float32), (1, frames, N))

@@ -143,6 +143,7 @@ def test_a_killed_study_goes_on_and_reruns_nothing_finished(workdir):
 def test_the_report_has_costs_baselines_and_figures(workdir):
     text = (workdir / "report.md").read_text()
     assert "2 of 20" in text
+    assert "start: random weights" in text
     assert "always silent" in text
     assert "GFLOP/s" in text
     for picture in ("table-1.png", "trade-off.png", "kept.png", "cost-ratios.png"):

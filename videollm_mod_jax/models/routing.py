@@ -98,7 +98,8 @@ def explored_scores(router_scores_BFN: jax.Array, share: float, key: jax.Array) 
     """Router scores of a training step, with random ones in place of those of a share of frames.
 
     ```
-    scores  (.1 .9 .3) (.2 .8 .4), share .5  ->  (.1 .9 .3) (.71 .05 .38)
+    scores      (.1 .9 .3) (.2 .8 .4)      share .5, where the second frame explores
+    explored    (.1 .9 .3) ( ?  ?  ?)      ? random in [0, 1)
     ```
 
     A whole frame at a time, so that every token of a frame that explores is kept as often as any
