@@ -55,28 +55,41 @@ def selected(config, scores_S, starts, keep):
     return kept
 
 
+def router_scores(config, x, router):
+    """What a layer's tokens are ranked by."""
+    read = _norm(x, 1, 1e-6) if config.routing.weighting == "relative" else x
+    return read @ router["kernel"]
+
+
 def _layer(config, params, x, is_vision, kept):
     router = params.get("router")
     runs = np.ones(len(x), bool)
     if kept is not None:
         runs = ~is_vision | np.isin(np.arange(len(x)), list(kept))
-    update = _block(config, params["block"], x, runs)
-    if kept is None or config.routing.weighting == "none":
-        weighted = x + update
+    weighting, N = config.routing.weighting, config.tokens_per_frame
+    if kept is None or weighting == "none":
+        weighted = x + _block(config, params["block"], x, runs, np.ones(len(x)))
     else:
-        score = x @ router["kernel"]
-        if config.routing.weighting == "official":
+        score = router_scores(config, x, router)
+        value_gate = np.ones(len(x))
+        if weighting == "official":
             score = score + router["bias"]
+        if weighting == "relative":
+            frames = score[is_vision].reshape(-1, N)
+            score[is_vision] = (frames - frames.mean(axis=1, keepdims=True)).reshape(-1)
+            value_gate = np.where(is_vision, expit(score), 1)
+        update = _block(config, params["block"], x, runs, value_gate)
         weighted = {
             "paper": x + score[:, None] * update,
             "official": expit(score)[:, None] * (x + update),
             "tanh1": x + (1 + 0.2 * np.tanh(score))[:, None] * update,
-        }[config.routing.weighting]
+            "relative": x + expit(score)[:, None] * update,
+        }[weighting]
         weighted = np.where(is_vision[:, None], weighted, x + update)
     return np.where(runs[:, None], weighted, x)
 
 
-def _block(config, params, x, runs):
+def _block(config, params, x, runs, value_gate):
     decoder, S = config.decoder, len(x)
     normed = _norm(x, params["attention_norm"]["scale"], decoder.norm_eps)
     projected = {}
@@ -84,6 +97,7 @@ def _block(config, params, x, runs):
         linear = params["attention"][name]
         y = normed @ linear["kernel"] + linear.get("bias", 0.0)
         projected[name] = y.reshape(S, -1, decoder.head_dim)
+    projected["v"] = projected["v"] * value_gate[:, None, None]
     q, k = _rope(projected["q"], decoder.rope_theta), _rope(projected["k"], decoder.rope_theta)
     heads = []
     for h in range(decoder.num_heads):

@@ -27,7 +27,7 @@ from videollm_mod_jax.models.rope import rope_frequencies
 
 INSERTIONS = ("interleaved", "all", "all-deep", "interleaved-deep", (0, 2))
 SELECTIONS = ("learned", "uniform", "random")
-WEIGHTINGS = ("paper", "official", "tanh1", "none")
+WEIGHTINGS = ("paper", "official", "tanh1", "relative", "none")
 LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.0, targets=("q", "v", "gate", "down", "lm_head"))
 
 
@@ -72,7 +72,7 @@ def test_compact_equals_masked_dense(insertion, selection, weighting):
                 for start, j in itertools.product(starts, range(keep)):
                     scores[start + j * N // keep] = 1.0
             else:
-                scores = x @ router["kernel"]
+                scores = reference.router_scores(config, x, router)
             return reference.selected(config, scores, starts, keep)
 
         expected = reference.forward(config, variables["params"], example(batch, b), choose)
@@ -217,6 +217,27 @@ def test_the_router_learns_exactly_where_it_weights(weighting):
     layers = gradient(variables)["params"]["decoder"]
     sizes = [np.abs(layers[f"layer_{i}"]["router"]["kernel"]).max() for i in range(3)]
     assert all(size == 0 for size in sizes) if weighting == "none" else min(sizes) > 1e-6
+
+
+@pytest.mark.parametrize(("weighting", "learns"), [("tanh1", False), ("relative", True)])
+def test_a_relative_router_learns_from_who_reads_a_token(weighting, learns):
+    """Behind the last layer only text is judged: a kept token's own update reaches nothing."""
+    last = tiny.DECODER.num_layers - 1
+    config = tiny.routed(insertion=(last,), weighting=weighting)
+    batch = tiny.batch(8, text=6, frames=3, batch_size=1)
+    S, (starts_F,) = batch["tokens_BS"].shape[1], np.asarray(batch["frame_starts_BF"])
+    text = np.flatnonzero(~reference.vision_mask(config, S, starts_F))
+    batch["logit_positions_BJ"] = jnp.asarray(text[None])
+
+    @jax.jit
+    def gradient(variables):
+        def loss(variables):
+            return jnp.mean(VideoLLM(config).apply(variables, **batch).logits_BJV ** 2)
+
+        return jax.grad(loss)(variables)
+
+    kernel = gradient(prepared())["params"]["decoder"][f"layer_{last}"]["router"]["kernel"]
+    assert (np.abs(kernel).max() > 1e-6) == learns
 
 
 def test_rank_zero_equals_the_base_and_merging_changes_nothing():

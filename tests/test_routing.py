@@ -108,9 +108,15 @@ def test_force_keep_last_always_keeps_the_last_token():
     assert (np.asarray(routing.select_tokens(ranked, 2))[..., -1] == 9).all()
 
 
+def test_frame_means_drawn_example():
+    scores = jnp.array([[[1.0, 3.0], [4.0, 6.0]]])
+    means = routing.frame_means(scores, jnp.array([[1, 2, 4, 5]]), 7)
+    np.testing.assert_array_equal(means, [[0, 2, 2, 0, 5, 5, 0]])
+
+
 def test_token_gates_drawn_example():
     score, is_vision = jnp.full((1, 2), 0.5), jnp.array([[True, False]])
-    expected = {"paper": 0.5, "official": 0.62, "tanh1": 1.09, "none": 1}
+    expected = {"paper": 0.5, "official": 0.62, "tanh1": 1.09, "relative": 0.62, "none": 1}
     for weighting, gate in expected.items():
         gates = routing.token_gates(weighting, score, is_vision)
         np.testing.assert_allclose(gates, [[gate, 1]], atol=0.005)

@@ -122,7 +122,7 @@ CONFIGS = {
     for names in itertools.product(
         ("interleaved", "all", "all-deep", "interleaved-deep", (2,)),
         ("learned", "uniform", "random"),
-        ("paper", "official", "tanh1", "none"),
+        ("paper", "official", "tanh1", "relative", "none"),
     )
 }
 BASELINES = {

@@ -185,3 +185,9 @@ def test_a_model_that_chooses_nothing_is_refused_before_it_streams(clip, tmp_pat
     assert stream.main(command) == 2
     assert "no layer of this model chooses" in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
+
+
+def test_the_last_patch_of_an_object_is_the_one_that_can_have_seen_all_of_it():
+    objects_FP = np.array([[1, 1, 0, 1, 1, 0], [0, 0, 1, 0, 0, 1]], bool)
+    last = np.array([[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]], bool)
+    assert (kept.last_patches(objects_FP, 3) == last).all()

@@ -13,6 +13,7 @@ from videollm_mod_jax.models import config_plan
 from videollm_mod_jax.studying import orderings, tables
 from videollm_mod_jax.studying.orderings import Ordering, judge
 from videollm_mod_jax.studying.variants import TABLES, chosen, decaying, variants
+from videollm_mod_jax.training.metrics import read_metrics
 
 CONFIG = Path(__file__).parent.parent / "configs" / "study_digits.py"
 TINY = (
@@ -29,7 +30,7 @@ TINY = (
     "--config.training.log_every=1",
     "--config.evaluation.batch_size=2",
     "--config.evaluation.answer_tokens=2",
-    "--config.study.pretraining_steps=0",
+    "--config.study.pretraining_steps=2",
     "--config.study.seeds=(0,)",
     "--config.study.rounds=1",
     "--config.study.warmup=1",
@@ -140,10 +141,18 @@ def test_a_killed_study_goes_on_and_reruns_nothing_finished(workdir):
     assert set(mod["kept"]) == {"1"}
 
 
+def test_all_runs_go_on_from_the_pretrained_model(workdir):
+    """Seed 0 shows the pretrained and the run the same first batch; only the weights differ."""
+    untrained, *_ = read_metrics(workdir / "start")
+    started, *_ = read_metrics(workdir / "runs/full/seed-0")
+    assert started["step"] == untrained["step"] == 1
+    assert started["loss"] < untrained["loss"]
+
+
 def test_the_report_has_costs_baselines_and_figures(workdir):
     text = (workdir / "report.md").read_text()
-    assert "2 of 20" in text
-    assert "start: random weights" in text
+    assert "2 of 21" in text
+    assert "start: one model after 2 updates with full computation" in text
     assert "always silent" in text
     assert "GFLOP/s" in text
     for picture in ("table-1.png", "trade-off.png", "kept.png", "cost-ratios.png"):

@@ -173,7 +173,8 @@ def _made(conversion: Conversion, manifest: Manifest, destination: Path) -> str:
         kinds = dict.fromkeys(path.split("/")[-2] for path in manifest.fresh)
         lines.append(f"  {len(manifest.fresh)} variables start afresh: {', '.join(kinds)}")
     weighting = conversion.config.routing.weighting
-    if any("/router/" in path for path in manifest.fresh) and weighting in ("paper", "official"):
+    disturbs = weighting not in ("tanh1", "none")
+    if any("/router/" in path for path in manifest.fresh) and disturbs:
         lines.append(
             f"  with weighting {weighting} a kept token does not start as the pretrained block "
             "leaves it; with tanh1 it does"

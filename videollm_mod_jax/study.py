@@ -81,7 +81,13 @@ def study(
     watch = _Stopwatch(workdir)
     if not (workdir / BASELINES).exists():
         console.print("drawing streams, pretraining the tower, encoding frames")
+        if settings.pretraining_steps:
+            console.print(
+                f"then {settings.pretraining_steps} updates of the model that all runs start from; "
+                f"their losses: {workdir / START}"
+            )
         in_process(_prepare, workdir, table, workdir)
+        watch.save()
     jobs = [
         (name, seed)
         for seed, name in itertools.product(settings.seeds, names)
@@ -139,7 +145,8 @@ def write_report(table: Table, workdir: Path) -> None:
         f"{model.tokens_per_frame} tokens per frame, {data.frames} frames",
         "start": _start(settings),
         "routing": f"{model.routing.insertion}, {model.routing.selection}, r = "
-        f"{model.routing.keep_ratio}, weighting {model.routing.weighting}; every other variant "
+        f"{model.routing.keep_ratio}, weighting {model.routing.weighting}, "
+        f"exploration {model.routing.exploration}; every other variant "
         "changes one thing of it",
         "training": f"{training.steps} updates of {data.batch_size} streams, "
         f"{data.draw.train} streams drawn, learning rate {training.optimizer.learning_rate:g}",
@@ -236,7 +243,12 @@ def _prepare(table: Table, workdir: Path) -> None:
     learnt, judged = (_held(json.dumps(table), workdir, split, False) for split in (TRAIN, "test"))
     settings, experiment = read(table)
     if settings.pretraining_steps:
-        training = dataclasses.replace(experiment.training, steps=settings.pretraining_steps)
+        # A checkpoint as often as a run ends, so that a killed study loses no more by it.
+        training = dataclasses.replace(
+            experiment.training,
+            steps=settings.pretraining_steps,
+            checkpoint_every=experiment.training.steps,
+        )
         model = _sized(variants(experiment.model)[FULL].model(experiment.model), learnt)
         material = dataclasses.replace(_open(json.dumps(table), workdir), start=None)
         train_variant(model, training, material, learnt, training.seed, workdir / START)

@@ -15,7 +15,7 @@ LINEAR_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 
 INSERTIONS = ("interleaved", "all", "all-deep", "interleaved-deep")
 SELECTIONS = ("learned", "uniform", "random")
-WEIGHTINGS = ("paper", "official", "tanh1", "none")
+WEIGHTINGS = ("paper", "official", "tanh1", "relative", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,8 +109,11 @@ class RoutingConfig:
       weighting: what multiplies a kept vision token's update f(x), where s is its router score:
         `paper` x + s f(x) (equation 2); `official` sigmoid(s + b) (x + f(x)), as the authors' code
         does; `tanh1` x + (1 + 0.2 tanh s) f(x) with a router that starts at zero, so that a
-        pretrained block starts unchanged (p-MoD, arXiv 2412.04449); `none` x + f(x), whose router
-        gets no gradient. Text tokens always get x + f(x).
+        pretrained block starts unchanged (p-MoD, arXiv 2412.04449); `relative` x + sigmoid(s')
+        f(x), where s' is the score of x / rms(x) less its mean over the frame, which starts at
+        zero, and the values that others read of the token in attention are multiplied, too (ours:
+        a router learns of a token from who reads it, and only how it differs from the others of
+        its frame); `none` x + f(x), whose router gets no gradient. Text tokens always get x + f(x).
       force_keep_last: always keep a frame's last token, where the decision to stay silent is read.
       exploration: in training, the share of frames whose kept tokens a layer draws at random
         instead of by its router, anew in every step. A router's gradient comes from kept tokens

@@ -107,7 +107,8 @@ class Block(nn.Module):
         Args:
           x_BMD: rows of the residual stream.
           position_BM: their positions in the stream.
-          router: (kernel_D, bias, is_vision_BM) of a routed layer, or None.
+          router: (kernel_D, offset, is_vision_BM) of a routed layer, or None; the offset, a number
+            or [B, M], is added to the scores.
           cache: of this layer, or None.
 
         Returns:
@@ -126,6 +127,9 @@ class Block(nn.Module):
         q_BMHE, k_BMGE, v_BMGE = in_chunks(
             project, (x_BMD, position_BM), (scale_D, attention), keys
         )
+        gate_BM = self._gates(x_BMD, router)
+        if gate_BM is not None and self.config.routing.weighting == "relative":
+            v_BMGE = v_BMGE * gate_BM[..., None, None].astype(v_BMGE.dtype)
         platform = current_platform()
         kernels = choose_kernels(execution.kernels, platform, q_BMHE.dtype, decoder.head_dim)
         if cache is None:
@@ -135,7 +139,6 @@ class Block(nn.Module):
             cache = cache.append(k_BMGE, v_BMGE, position_BM)
             heads_BMHE = cached_attention(q_BMHE, cache, start_B, kernels)
 
-        gate_BM = self._gates(x_BMD, router)
         mlp, mlp_keys = Linears.of_mlp(self.config)()
         out_BMD = in_chunks(
             functools.partial(row_wise.finish, eps=eps, residual=router is None),
@@ -153,10 +156,10 @@ class Block(nn.Module):
         """What the updates are multiplied by, float32 [B, M]; None where all are 1."""
         if router is None or self.config.routing.weighting == "none":
             return None
-        kernel_D, bias, is_vision_BM = router
+        kernel_D, offset, is_vision_BM = router
         # Scores of the gathered rows are computed anew, so that their gradient needs no scatter of
         # scalars.
-        score_BM = routing.router_scores(x_BMD, kernel_D) + bias
+        score_BM = routing.router_scores(self.config.routing.weighting, x_BMD, kernel_D) + offset
         return routing.token_gates(self.config.routing.weighting, score_BM, is_vision_BM)
 
 
@@ -172,8 +175,9 @@ class Router(nn.Module):
     def __call__(self) -> tuple[jax.Array, jax.Array | float]:
         """Returns kernel_D and the bias (0.0 where the weighting has none)."""
         weighting, D = self.config.routing.weighting, self.config.decoder.hidden_size
-        # tanh1 starts at zero so that the gate starts at 1; the others need scores that differ.
-        init = nn.initializers.normal(0.0 if weighting == "tanh1" else D**-0.5)
+        # tanh1 starts at zero so that the gate starts at 1, and relative so that all tokens start
+        # alike; the others need scores that differ.
+        init = nn.initializers.normal(0.0 if weighting in ("tanh1", "relative") else D**-0.5)
         init = nn.with_logical_partitioning(init, ("embed",))
         kernel_D = self.param("kernel", init, (D,), jnp.float32)
         if weighting != "official":
@@ -211,23 +215,24 @@ class Layer(nn.Module):
             x_BSD, cache = block(x_BSD, position_BS, None, cache)
             return x_BSD, cache, None
 
-        kernel_D, bias = Router(self.config, name="router")()
+        kernel_D, offset = Router(self.config, name="router")()
         if frame_starts_BF.shape[1] == 0:
             x_BSD, cache = block(x_BSD, position_BS, None, cache)
             return x_BSD, cache, jnp.zeros((x_BSD.shape[0], 0, keep), jnp.int32)
 
         B, F = frame_starts_BF.shape
         vision_BR = routing.vision_rows(frame_starts_BF, N)
-        score_BS = routing.router_scores(jax.lax.stop_gradient(x_BSD), kernel_D)
+        score_BS = routing.router_scores(settings.weighting, jax.lax.stop_gradient(x_BSD), kernel_D)
         score_BFN = routing.gather_rows(score_BS, vision_BR).reshape(B, F, N)
+        ranked_BFN = score_BFN
         if settings.exploration > 0 and self.has_rng("dropout"):
-            score_BFN = routing.explored_scores(
+            ranked_BFN = routing.explored_scores(
                 score_BFN, settings.exploration, self.make_rng("dropout")
             )
         offsets_BFK = routing.select_tokens(
             routing.selection_scores(
                 settings.selection,
-                score_BFN,
+                ranked_BFN,
                 jnp.take_along_axis(position_BS, frame_starts_BF, axis=1),
                 layer_index,
                 keep,
@@ -236,10 +241,12 @@ class Layer(nn.Module):
             keep,
         )
         rows_BM, is_vision_BM = routing.compact_rows(frame_starts_BF, offsets_BFK, S, N)
+        if settings.weighting == "relative":
+            offset = -routing.gather_rows(routing.frame_means(score_BFN, vision_BR, S), rows_BM)
         update_BMD, cache = block(
             routing.gather_rows(x_BSD, rows_BM),
             routing.gather_rows(position_BS, rows_BM),
-            (kernel_D, bias, is_vision_BM),
+            (kernel_D, offset, is_vision_BM),
             cache,
         )
         return routing.scatter_add_rows(x_BSD, rows_BM, update_BMD), cache, offsets_BFK

@@ -182,9 +182,33 @@ def set_rows(x_BSD: jax.Array, rows_BM: jax.Array, values_BMD: jax.Array) -> jax
     return jax.vmap(lambda x, rows, v: x.at[rows].set(v, **_SORTED))(x_BSD, rows_BM, values_BMD)
 
 
-def router_scores(x: jax.Array, kernel_D: jax.Array) -> jax.Array:
-    """mu = w . x in float32: [..., D] -> [...] (paper, equation 1)."""
+def router_scores(weighting: str, x: jax.Array, kernel_D: jax.Array) -> jax.Array:
+    """mu = w . x in float32: [..., D] -> [...] (paper, equation 1).
+
+    Under `relative`, of x / rms(x): some tokens of a language model are hundreds of times longer
+    than others (arXiv 2402.17762), and their gates would be shut or open for good.
+    """
+    x = x.astype(jnp.float32)
+    if weighting == "relative":
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
     return jnp.einsum("...D,D->...", x.astype(jnp.float32), kernel_D.astype(jnp.float32))
+
+
+def frame_means(score_BFN: jax.Array, vision_BR: jax.Array, sequence_length: int) -> jax.Array:
+    """The mean score of the frame that a token belongs to, and 0 for text: [B, S].
+
+    ```
+    scores (1 3) (4 6), vision_rows 1 2 4 5, S = 7  ->  0 2 2 0 5 5 0
+    ```
+
+    Args:
+      score_BFN: float32.
+      vision_BR: of `vision_rows`; R = F * N.
+      sequence_length: S.
+    """
+    B, _, N = score_BFN.shape
+    mean_BR = jnp.repeat(jnp.mean(score_BFN, axis=2), N, axis=1)
+    return set_rows(jnp.zeros((B, sequence_length), mean_BR.dtype), vision_BR, mean_BR)
 
 
 def token_gates(weighting: str, score_BM: jax.Array, is_vision_BM: jax.Array) -> jax.Array:
@@ -193,12 +217,14 @@ def token_gates(weighting: str, score_BM: jax.Array, is_vision_BM: jax.Array) ->
     A row leaves the layer as `x + g f(x)`; under `official` as `g (x + f(x))`.
 
     ```
-    score .5 .5, is_vision x .      paper .5 1      official .62 1      tanh1 1.09 1      none 1 1
+    score .5 .5, is_vision x .      paper .5 1      official, relative .62 1
+                                    tanh1 1.09 1    none 1 1
     ```
 
     Args:
       weighting: as `RoutingConfig.weighting` says.
-      score_BM: float32 router scores (bias included, for `official`).
+      score_BM: float32 router scores; with the bias for `official`, and less their frame's mean
+        for `relative`.
       is_vision_BM: bool.
 
     Returns:
@@ -208,6 +234,7 @@ def token_gates(weighting: str, score_BM: jax.Array, is_vision_BM: jax.Array) ->
         "paper": lambda s: s,
         "official": jax.nn.sigmoid,
         "tanh1": lambda s: 1 + 0.2 * jnp.tanh(s),
+        "relative": jax.nn.sigmoid,
         "none": jnp.ones_like,
     }[weighting](score_BM)
     return jnp.where(is_vision_BM, gate_BM, 1)

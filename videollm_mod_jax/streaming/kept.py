@@ -267,3 +267,25 @@ def on_objects(kept_LFP: np.ndarray, objects_FP: np.ndarray) -> OnObjects:
     both_L = (kept_LFP & objects_FP).sum((1, 2))
     share_L = np.where(kept_L > 0, both_L / np.maximum(kept_L, 1), np.nan)
     return OnObjects(share_L, float(objects_FP.mean()))
+
+
+def last_patches(objects_FP: np.ndarray, columns: int) -> np.ndarray:
+    """The last patch of every object in reading order: the only one that can have seen them all.
+
+    Attention is causal inside a frame, too. Where objects touch, they count as one.
+
+    ```
+    objects   x x .      last   . . .        columns 3
+              x x .             . x .
+    ```
+
+    Args:
+      objects_FP: bool, which patches have an object, in reading order.
+      columns: patches in a row of the frame.
+
+    Returns:
+      bool [F, P]: patches with an object, and with none to the right or below.
+    """
+    grid_FYX = np.pad(objects_FP.reshape(len(objects_FP), -1, columns), ((0, 0), (0, 1), (0, 1)))
+    last_FYX = grid_FYX[:, :-1, :-1] & ~grid_FYX[:, 1:, :-1] & ~grid_FYX[:, :-1, 1:]
+    return last_FYX.reshape(objects_FP.shape)

@@ -48,6 +48,8 @@ ORDERINGS = (
     Ordering(FULL, LAYER_SKIP),
     Ordering(MOD, "all"),
     Ordering("all", "all-uniform"),
+    Ordering(MOD, "tanh1"),
+    Ordering(MOD, "no-exploration"),
 )
 
 

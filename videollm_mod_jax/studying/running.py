@@ -19,7 +19,7 @@ from videollm_mod_jax.evaluation.judge import ExactMatch
 from videollm_mod_jax.evaluation.running import STREAM, Subject, parts_of
 from videollm_mod_jax.evaluation.vqa import exact_match
 from videollm_mod_jax.models import VideoLLM, VideoLLMConfig
-from videollm_mod_jax.streaming.kept import on_objects
+from videollm_mod_jax.streaming.kept import last_patches, on_objects
 from videollm_mod_jax.training import loop
 from videollm_mod_jax.training.checkpoint import LoadedModel, read_model_config
 from videollm_mod_jax.training.initial import variables_from
@@ -183,8 +183,9 @@ def _kept_on_objects(
     """How many of the patches that a routed layer keeps show an object (`kept.on_objects`).
 
     Returns:
-      By layer `share` (0 where it keeps none), `chance`, `ratio` of both, and `summary`, the share
-      of frames whose CLS token is kept.
+      By layer `share` (0 where it keeps none), `chance`, `ratio` of both, `last_ratio`, the same
+      for the last patch of every object, and `summary`, the share of frames whose CLS token is
+      kept.
     """
     model = VideoLLM(trained.config)
 
@@ -210,17 +211,21 @@ def _kept_on_objects(
     kept_LFN = np.stack([np.concatenate(kept).reshape(-1, N) for kept in layers.values()])
     objects_FP = material.objects_RFP.reshape(-1, N - first)
     found = on_objects(kept_LFN[:, :, first:], objects_FP)
+    _, columns = trained.config.vision.pool
+    found_last = on_objects(kept_LFN[:, :, first:], last_patches(objects_FP, columns))
     return {
         layer: {
             "share": float(share),
             "chance": found.chance,
             "ratio": float(ratio),
+            "last_ratio": float(last_ratio),
             "summary": float(kept_FN[:, :first].mean()) if first else 0.0,
         }
-        for layer, share, ratio, kept_FN in zip(
+        for layer, share, ratio, last_ratio, kept_FN in zip(
             layers,
             np.nan_to_num(found.share_L),
             np.nan_to_num(found.ratio_L),
+            np.nan_to_num(found_last.ratio_L),
             kept_LFN,
             strict=True,
         )

@@ -207,21 +207,24 @@ def _kept(variants: Mapping[str, Variant], results: Results) -> str:
         return NOT_RUN
     text = (
         "Per cent of the spatial tokens kept by a learned router that show a digit, beside what "
-        "chance would give, and of the frames whose CLS token is kept."
+        "chance would give; how much more often than by chance they are the last patch of a digit "
+        "in reading order, the only one that can have seen all of it, attention being causal; and "
+        "per cent of the frames whose CLS token is kept."
     )
-    header = ["", "layer", "on digits", "chance", "ratio", "CLS kept"]
+    header = ["", "layer", "on digits", "chance", "ratio", "last patch: ratio", "CLS kept"]
     return f"{text}\n\n{markdown(header, rows)}"
 
 
 def _kept_cells(kept: Sequence[Mapping[str, float]]) -> list[str]:
-    """Share, chance, ratio and summary of a layer over seeds."""
-    share, chance, ratio, summary = (
-        [one[key] for one in kept] for key in ("share", "chance", "ratio", "summary")
+    """Share, chance, both ratios and summary of a layer over seeds."""
+    share, chance, ratio, last_ratio, summary = (
+        [one[key] for one in kept] for key in ("share", "chance", "ratio", "last_ratio", "summary")
     )
     return [
         spread(share, 1, 100),
         spread(chance[:1], 1, 100),
         spread(ratio, 2),
+        spread(last_ratio, 2),
         spread(summary, 1, 100),
     ]
 

@@ -112,7 +112,16 @@ TABLES = (
         text="Choices that the paper does not compare: what the update of a kept token is "
         "multiplied by, a keep ratio that falls with depth, always keeping the token at which "
         "silence is decided, and drawing the kept tokens of some frames at random while training.",
-        rows=(MOD, "paper", "official", "unweighted", "decaying", "keep-last", "exploring"),
+        rows=(
+            MOD,
+            "tanh1",
+            "paper",
+            "official",
+            "unweighted",
+            "decaying",
+            "keep-last",
+            "no-exploration",
+        ),
     ),
 )
 
@@ -239,6 +248,7 @@ def variants(config: VideoLLMConfig) -> Mapping[str, Variant]:
         ),
         Variant(name="official", title="weighting official", routing=changed(weighting="official")),
         Variant(name="paper", title="weighting paper", routing=changed(weighting="paper")),
+        Variant(name="tanh1", title="weighting tanh1", routing=changed(weighting="tanh1")),
         Variant(name="unweighted", title="weighting none", routing=changed(weighting="none")),
         Variant(
             name="decaying",
@@ -246,7 +256,11 @@ def variants(config: VideoLLMConfig) -> Mapping[str, Variant]:
             routing=changed(keep_ratio=decaying(routing, layers)),
         ),
         Variant(name="keep-last", title="force_keep_last", routing=changed(force_keep_last=True)),
-        Variant(name="exploring", title="exploration 0.3", routing=changed(exploration=0.3)),
+        Variant(
+            name="no-exploration",
+            title="without exploration",
+            routing=changed(exploration=0.0),
+        ),
     )
     return {variant.name: variant for variant in all_of_them}
 
