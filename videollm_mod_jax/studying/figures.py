@@ -71,8 +71,9 @@ def _bars(
 def _trade(
     variants: Mapping[str, Variant], results: Results, costs: Mapping[str, Any], path: Path
 ) -> Path:
-    figure, axes = _figure(8, 5)
+    figure, axes = _figure(8, 6)
     full = costs[FULL]["count"]["macs"] if FULL in costs else 1
+    points: dict[str, tuple[float, float]] = {}
     for name, variant in variants.items():
         numbers = _numbers(results, name)
         if not numbers or name not in costs:
@@ -81,11 +82,31 @@ def _trade(
         error = statistics.stdev(numbers) if len(numbers) > 1 else 0
         colour = "tab:red" if name == MOD else "tab:gray" if name == FULL else "tab:blue"
         axes.errorbar(x, y, yerr=error, fmt="o", color=colour, capsize=3)
-        axes.annotate(variant.name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        points[variant.name] = x, y
+    axes.margins(0.1)
+    _label(axes, points)
     axes.set_xlabel("multiply-adds of the decoder's linears, relative to full computation")
     axes.set_ylabel(_LABEL)
     axes.set_title("Quality against arithmetic (mean and standard deviation over seeds)")
     return _save(figure, path)
+
+
+def _label(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names points to their right, one above the other where they stand close together."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    near, line = 0.06 * (right - left), 0.03 * (top - bottom)
+    placed: list[tuple[float, float]] = []
+    for name, (x, y) in sorted(points.items(), key=lambda point: point[1][1]):
+        height = max([y, *(other + line for at, other in placed if abs(at - x) < near)])
+        placed.append((x, height))
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(x + 0.015 * (right - left), height),
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "tab:gray", "linewidth": 0.5},
+        )
 
 
 def _ratios(variants: Mapping[str, Variant], costs: Mapping[str, Any], path: Path) -> Path:
