@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.decoder.num_kv_heads = 1
     config.model.decoder.head_dim = 48
     # `mod` of the study; every other variant changes one thing of it. Not the paper's weighting,
-    # and with exploration: otherwise routers do not find the digits (docs/study).
+    # and with exploration: otherwise routers find fewer of the digits (docs/study).
     config.model.routing = {
         "insertion": "interleaved",
         "keep_ratio": 0.2,
