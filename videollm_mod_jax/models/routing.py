@@ -8,6 +8,8 @@ D width.
 import jax
 import jax.numpy as jnp
 
+from videollm_mod_jax.models.layers import rms_norm
+
 Rows = tuple[jax.Array, jax.Array]
 
 
@@ -188,10 +190,10 @@ def router_scores(weighting: str, x: jax.Array, kernel_D: jax.Array) -> jax.Arra
     Under `relative`, of x / rms(x): some tokens of a language model are hundreds of times longer
     than others (arXiv 2402.17762), and their gates would be shut or open for good.
     """
-    x = x.astype(jnp.float32)
+    x, kernel_D = x.astype(jnp.float32), kernel_D.astype(jnp.float32)
     if weighting == "relative":
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-    return jnp.einsum("...D,D->...", x.astype(jnp.float32), kernel_D.astype(jnp.float32))
+        x = rms_norm(x, jnp.ones_like(kernel_D), eps=1e-6)
+    return jnp.einsum("...D,D->...", x, kernel_D)
 
 
 def frame_means(score_BFN: jax.Array, vision_BR: jax.Array, sequence_length: int) -> jax.Array:

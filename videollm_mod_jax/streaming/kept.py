@@ -270,7 +270,7 @@ def on_objects(kept_LFP: np.ndarray, objects_FP: np.ndarray) -> OnObjects:
 
 
 def last_patches(objects_FP: np.ndarray, columns: int) -> np.ndarray:
-    """The last patch of every object in reading order: the only one that can have seen them all.
+    """The last patch of every object in reading order: the only one that can have seen all of it.
 
     Attention is causal inside a frame, too. Where objects touch, they count as one.
 
