@@ -183,12 +183,55 @@ FAKE = planning.Plan(
 )
 
 
-@pytest.mark.parametrize("longest", [40, 160, 517, 5000])
-def test_bisection_finds_the_longest_stream(longest):
+def search(plan, frames=160):
     tried = []
-    best = planning.longest_stream(lambda n: fake_plan(n, n <= longest), 160, tried.append)
-    assert longest - 10 <= best.frames <= longest
-    assert len(tried) == len({p.frames for p in tried}) <= 15
+    best = planning.longest_stream(plan, frames, tried.append)
+    assert len(tried) == len({p.frames for p in tried})
+    return best.frames, [p.frames for p in tried]
+
+
+@pytest.mark.parametrize("longest", [1, 40, 160, 517, 5000])
+def test_bisection_finds_the_longest_stream(longest):
+    """Even where the compiler only says no."""
+    found, tried = search(lambda n: fake_plan(n, n <= longest))
+    assert longest - longest // 64 <= found <= longest
+    assert len(tried) <= 15
+
+
+def needing(memory, limit):
+    """Plans of a step that needs `memory(frames)` bytes, beside a tower of 3."""
+
+    def plan(frames):
+        needed = int(memory(frames))
+        program = dataclasses.replace(FAKE.program, fits=True, peak_bytes=needed - 3)
+        return dataclasses.replace(
+            fake_plan(frames, needed <= limit), program=program, limit_bytes=limit, tower_bytes=3
+        )
+
+    return plan
+
+
+def test_the_line_of_memory_leads_to_the_longest_stream():
+    found, tried = search(needing(lambda n: 9000 + 100 * n, limit=99000), frames=600)
+    assert tried == [600, 1200, 895, 905]
+    assert found == 895
+
+
+@pytest.mark.parametrize("bend", [0.8, 1.0, 1.2, 1.6])
+@pytest.mark.parametrize("longest", [7, 150, 600, 31000])
+def test_few_compilations_find_the_longest_stream_where_memory_bends(bend, longest):
+    limit = 10**9
+    slope = (limit - 10**8) / longest**bend
+    found, tried = search(needing(lambda n: 10**8 + slope * n**bend, limit), frames=600)
+    assert longest - max(1, longest // 64) <= found <= longest
+    assert len(tried) <= 10
+
+
+def test_a_misleading_line_only_costs_time():
+    """Two sizes of nearly the same need, then a cliff: the line points far beyond."""
+    found, tried = search(needing(lambda n: n if n <= 2000 else 10**9, limit=10**6), frames=600)
+    assert 2000 - 32 <= found <= 2000
+    assert len(tried) <= 30
 
 
 def test_bisection_ends_where_nothing_fits():
