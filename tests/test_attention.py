@@ -208,6 +208,21 @@ def test_memory_grows_with_the_sequence_and_the_program_does_not_grow(backward):
     assert lines[0] == lines[1]
 
 
+def test_rematerialised_layers_keep_no_masks():
+    """Under a loop over layers JAX would hold what no layer changes: the mask of every block."""
+    T, E = 4096, 16
+
+    def layer(x, _):
+        heads = x.reshape(1, T, 1, E)
+        return jax.checkpoint(lambda h: xla(h, h, h))(heads).reshape(x.shape), None
+
+    def loss(x):
+        return jnp.sum(jax.lax.scan(layer, x, None, length=3)[0] ** 2)
+
+    compiled = jax.jit(jax.grad(loss)).lower(jax.ShapeDtypeStruct((T, E), jnp.float32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < T * T // 2
+
+
 def test_blocks_are_those_of_the_drawn_examples():
     tokens = (7, 256, 257, 368, 600, 6601, 7680)
     rows = [attention_xla.block_length(T) for T in tokens]

@@ -4,8 +4,6 @@ Source of the algorithm: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2
 holds more scores than one block of queries has to one block of keys.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,34 +70,29 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _forward(q, k, v)[0]
 
 
-def _scores(q_BGQTE: jax.Array, k_BGUE: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
-    """float32 scores of query block i to key block j; those of later keys are -inf."""
-    T, E = q_BGQTE.shape[-2:]
-    scores_BGQTU = E**-0.5 * jnp.einsum(
-        "BGQTE,BGUE->BGQTU", q_BGQTE, k_BGUE, preferred_element_type=jnp.float32
-    )
-    row_TU = jax.lax.broadcasted_iota(jnp.int32, (T, T), 0)
-    column_TU = jax.lax.broadcasted_iota(jnp.int32, (T, T), 1)
-    return jnp.where(column_TU <= row_TU + (i - j) * T, scores_BGQTU, -jnp.inf)
+def _seen(T: int, i: jax.Array, j: jax.Array) -> jax.Array:
+    """Which keys of block j the queries of block i see, of T rows each: bool [T queries, T keys]."""
+    query_TU = jax.lax.broadcasted_iota(jnp.int32, (T, T), 0)
+    key_TU = jax.lax.broadcasted_iota(jnp.int32, (T, T), 1)
+    return key_TU <= query_TU + (i - j) * T
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array):
+    T, E = q.shape[-2:]
+
     def step(carry, pair):
         out, logsumexp, total_BGQTE, maximum_BGQT, weight_BGQT = carry
         i, j = pair
-        scores_BGQTU = _scores(q[i], k[j], i, j)
+        scores_BGQTU = E**-0.5 * _product("BGQTE,BGUE->BGQTU", q[i], k[j])
+        scores_BGQTU = jnp.where(_seen(T, i, j), scores_BGQTU, -jnp.inf)
         # The first block of a row takes nothing over from the row before: its factor is 0.
         before_BGQT = jnp.where(j == 0, -jnp.inf, maximum_BGQT)
         maximum_BGQT = jnp.maximum(before_BGQT, jnp.max(scores_BGQTU, axis=-1))
         weights_BGQTU = jnp.exp(scores_BGQTU - maximum_BGQT[..., None])
         factor_BGQT = jnp.exp(before_BGQT - maximum_BGQT)
         weight_BGQT = factor_BGQT * weight_BGQT + jnp.sum(weights_BGQTU, axis=-1)
-        total_BGQTE = factor_BGQT[..., None] * total_BGQTE + jnp.einsum(
-            "BGQTU,BGUE->BGQTE",
-            weights_BGQTU.astype(v.dtype),
-            v[j],
-            preferred_element_type=jnp.float32,
-        )
+        update_BGQTE = _product("BGQTU,BGUE->BGQTE", weights_BGQTU.astype(v.dtype), v[j])
+        total_BGQTE = factor_BGQT[..., None] * total_BGQTE + update_BGQTE
         # The last block of a row writes last.
         out = out.at[i].set((total_BGQTE / weight_BGQT[..., None]).astype(out.dtype))
         logsumexp = logsumexp.at[i].set(maximum_BGQT + jnp.log(weight_BGQT))
@@ -113,43 +106,61 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array):
         zeros[0],
         zeros[0],
     )
-    pairs = block_pairs(q.shape[0])
-    (out, logsumexp, *_), _ = jax.lax.scan(step, start, (pairs[:, 0], pairs[:, 1]))
+    (out, logsumexp, *_), _ = jax.lax.scan(step, start, _pairs(q))
     return out, (q, k, v, out, logsumexp)
 
 
 def _backward(saved, d_out: jax.Array):
     q, k, v, out, logsumexp = saved
-    E = q.shape[-1]
+    T, E = q.shape[-2:]
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # Scores have their queries last here, so that the five products find what they sum over in
+    # place: no block of scores is transposed.
+    q_last, d_out_last = (jnp.moveaxis(x, -1, 3) for x in (q, d_out))
+    k_last = jnp.swapaxes(k, -1, -2)
 
     def step(carry, pair):
-        d_q, d_k, d_v, row_BGQTE = carry
+        d_q_last, d_k, d_v, row_BGEQT = carry
         i, j = pair
-        weights_BGQTU = jnp.exp(_scores(q[i], k[j], i, j) - logsumexp[i][..., None])
+        scores_BGUQT = E**-0.5 * _product("BGUE,BGEQT->BGUQT", k[j], q_last[i])
+        seen_UQT = _seen(T, i, j).T[:, None]
+        scores_BGUQT = jnp.where(seen_UQT, scores_BGUQT, -jnp.inf)
+        weights_BGUQT = jnp.exp(scores_BGUQT - logsumexp[i][:, :, None])
         d_v = d_v.at[j].add(
-            product("BGQTU,BGQTE->BGUE", weights_BGQTU.astype(d_out.dtype), d_out[i])
+            _product("BGUQT,BGQTE->BGUE", weights_BGUQT.astype(d_out.dtype), d_out[i])
         )
-        d_weights_BGQTU = product("BGQTE,BGUE->BGQTU", d_out[i], v[j])
-        d_scores_BGQTU = weights_BGQTU * (d_weights_BGQTU - delta[i][..., None])
-        d_scores_BGQTU = (E**-0.5 * d_scores_BGQTU).astype(q.dtype)
-        d_k = d_k.at[j].add(product("BGQTU,BGQTE->BGUE", d_scores_BGQTU, q[i]))
-        row_BGQTE = jnp.where(j == 0, 0.0, row_BGQTE)
-        row_BGQTE += product("BGQTU,BGUE->BGQTE", d_scores_BGQTU, k[j])
-        d_q = d_q.at[i].set(row_BGQTE.astype(d_q.dtype))
-        return (d_q, d_k, d_v, row_BGQTE), None
+        d_weights_BGUQT = _product("BGUE,BGEQT->BGUQT", v[j], d_out_last[i])
+        d_scores_BGUQT = weights_BGUQT * (d_weights_BGUQT - delta[i][:, :, None])
+        d_scores_BGUQT = (E**-0.5 * d_scores_BGUQT).astype(q.dtype)
+        d_k = d_k.at[j].add(_product("BGUQT,BGQTE->BGUE", d_scores_BGUQT, q[i]))
+        row_BGEQT = jnp.where(j == 0, 0.0, row_BGEQT)
+        row_BGEQT += _product("BGEU,BGUQT->BGEQT", k_last[j], d_scores_BGUQT)
+        d_q_last = d_q_last.at[i].set(row_BGEQT.astype(q.dtype))
+        return (d_q_last, d_k, d_v, row_BGEQT), None
 
     # Rows of queries are finished one by one; keys, of which there are fewer, stay in float32.
     start = (
-        jnp.zeros_like(q),
+        jnp.zeros_like(q_last),
         jnp.zeros(k.shape, jnp.float32),
         jnp.zeros(v.shape, jnp.float32),
-        jnp.zeros(q.shape[1:], jnp.float32),
+        jnp.zeros(q_last.shape[1:], jnp.float32),
     )
-    pairs = block_pairs(q.shape[0])
-    (d_q, d_k, d_v, _), _ = jax.lax.scan(step, start, (pairs[:, 0], pairs[:, 1]))
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)
+    (d_q_last, d_k, d_v, _), _ = jax.lax.scan(step, start, _pairs(q))
+    return jnp.moveaxis(d_q_last, 3, -1), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+def _pairs(q: jax.Array) -> jax.Array:
+    """`block_pairs` of the blocks of q, as a value that depends on q.
+
+    What depends on nothing, JAX would compute ahead of a rematerialised loop over layers, and keep:
+    the masks of all pairs, which are as large as all scores.
+    """
+    pairs, _ = jax.lax.optimization_barrier((jnp.asarray(block_pairs(q.shape[0])), q))
+    return pairs
 
 
 _attend.defvjp(_forward, _backward)
