@@ -15,6 +15,7 @@ import qwix
 
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.config import LoraConfig
+from videollm_mod_jax.models.matmul import matmul
 
 kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
@@ -79,7 +80,7 @@ class LinearWeights:
             return None
         x = x.astype(self.dtype)
         if self.dropout > 0 and dropout_key is not None:
-            stays = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
+            stays = _bernoulli(dropout_key, 1 - self.dropout, x.shape)
             x = jnp.where(stays, x / (1 - self.dropout), 0).astype(self.dtype)
         return _product(x, self.a, self.dtype, self.dtype)
 
@@ -188,6 +189,14 @@ class Linear(nn.Module):
         return self.variable("lora", name, make).value
 
 
+def _bernoulli(key: jax.Array, chance: float, shape: tuple[int, ...]) -> jax.Array:
+    """Independent booleans, each true with `chance`, to a 65536th: half the bits of `bernoulli`."""
+    *rows, width = shape
+    bits = jax.random.bits(key, (*rows, -(-width // 2)), jnp.uint32)
+    halves = jnp.concatenate([bits >> 16, bits & 0xFFFF], axis=-1)
+    return halves[..., :width] < round(chance * 2**16)
+
+
 def _product(
     x: jax.Array, kernel: jax.Array | qwix.QArray, dtype: Any, out_dtype: Any
 ) -> jax.Array:
@@ -196,7 +205,7 @@ def _product(
         # the product, where it need not be rounded to `dtype`.
         product = jnp.matmul(x, kernel.qvalue.astype(dtype), preferred_element_type=jnp.float32)
         return (product * kernel.scale[0]).astype(out_dtype)
-    return jnp.matmul(x, kernel.astype(dtype), preferred_element_type=out_dtype)
+    return matmul(x, kernel.astype(dtype), out_dtype)
 
 
 def merge_lora(variables: Mapping[str, Any], lora: LoraConfig) -> dict[str, Any]:
