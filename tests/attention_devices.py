@@ -75,12 +75,12 @@ def compare(kernels: str, name: str) -> dict:
 @contextlib.contextmanager
 def interpreted():
     """Splash as XLA computes it step by step, without a TPU."""
-    make = attention_splash.splash.make_splash_mha
-    attention_splash.splash.make_splash_mha = functools.partial(make, interpret=True)
+    make = attention_splash.splash.make_splash_mqa
+    attention_splash.splash.make_splash_mqa = functools.partial(make, interpret=True)
     try:
         yield
     finally:
-        attention_splash.splash.make_splash_mha = make
+        attention_splash.splash.make_splash_mqa = make
 
 
 if __name__ == "__main__":

@@ -104,6 +104,14 @@ def test_splash_is_attention_and_its_gradients(shape, dtype):
         check(attention_splash.splash_attention, shape, dtype)
 
 
+def test_splash_is_attention_where_blocks_of_keys_are_longer(monkeypatch):
+    monkeypatch.setattr(attention_splash, "BLOCK", 128)
+    monkeypatch.setattr(attention_splash, "KEY_BLOCKS", 2)
+    assert attention_splash.block_sizes(700) == (128, 6, 2)
+    with attention_devices.interpreted():
+        check(attention_splash.splash_attention, (700, 4, 2, 64), "float32")
+
+
 @pytest.mark.parametrize("T", [1024, 1023])
 def test_cudnn_is_called_forward_and_backward_and_repeats_no_keys(T):
     shapes = [jax.ShapeDtypeStruct((2, T, heads, 128), jnp.bfloat16) for heads in (8, 2, 2, 8)]
@@ -230,6 +238,12 @@ def test_blocks_are_those_of_the_drawn_examples():
     assert [-(-T // r) for T, r in zip(tokens, rows, strict=True)] == [1, 1, 2, 2, 3, 26, 30]
     pairs = [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
     assert [tuple(pair) for pair in attention_xla.block_pairs(3).tolist()] == pairs
+
+
+def test_blocks_of_splash_are_those_of_the_drawn_example():
+    tokens = (7, 513, 6601, 7680, 13000, 52808)
+    drawn = [(128, 1, 1), (384, 2, 2), (512, 13, 13), (512, 15, 15), (512, 26, 13), (512, 105, 21)]
+    assert [attention_splash.block_sizes(T) for T in tokens] == drawn
 
 
 @pytest.mark.parametrize(
