@@ -115,6 +115,15 @@ def test_only_conversion_imports_torch_and_its_kin_and_only_inside_functions():
     assert found == HEAVY - {"tensorflow"}
 
 
+def test_commands_start_without_what_they_do_not_use():
+    """A library that imports PyTorch where it is installed costs every command seconds."""
+    verbs = ("train", "evaluate", "stream", "plan", "benchmark", "convert", "study")
+    names = ", ".join(f"{NAME}.{verb}" for verb in verbs)
+    code = f"import sys, {names}; print(*{HEAVY!r} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\n")
+
+
 def test_nothing_unpickles():
     # conversion/restricted_pickle.py reads pickles, and has no way to run what they ask for.
     for path in files():

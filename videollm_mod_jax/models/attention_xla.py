@@ -71,7 +71,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _seen(T: int, i: jax.Array, j: jax.Array) -> jax.Array:
-    """Which keys of block j the queries of block i see, of T rows each: bool [T queries, T keys]."""
+    """Which keys of block j the queries of block i see, bool [T queries, T keys]."""
     query_TU = jax.lax.broadcasted_iota(jnp.int32, (T, T), 0)
     key_TU = jax.lax.broadcasted_iota(jnp.int32, (T, T), 1)
     return key_TU <= query_TU + (i - j) * T

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import rich.console
 import rich.progress
-import tensorboardX
 
 from videollm_mod_jax.data import files
 from videollm_mod_jax.training import distributed
@@ -61,6 +60,9 @@ class Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         _keep_until(path, done)
         self._file = path.open("a", encoding="utf-8")
+        # Here, since it imports PyTorch where that is installed: seconds for every command.
+        import tensorboardX
+
         self._events = tensorboardX.SummaryWriter(str(directory), purge_step=done + 1)
 
     def write(self, step: int, values: Mapping[str, float], *, events: Mapping[str, float]) -> None:
