@@ -57,8 +57,8 @@ has() {
 
 ours=videollm_mod_jax.benchmark
 timed=(--rounds "$rounds")
-# Nothing is computed twice: two sequences leave room for that on a GPU of 141 GB.
-no_remat=(--config.data.batch_size=2 --config.training.{remat=False,row_chunk=0})
+# Nothing is computed twice: one sequence leaves room for that on a GPU of 141 GB.
+no_remat=(--config.data.batch_size=1 --config.training.{remat=False,row_chunk=0})
 measure n10/train.json "$model" $ours train --frames 150 300 600 "${timed[@]}"
 measure n10/stream.json "$model" $ours stream --minutes 1 10 60 "${timed[@]}"
 measure int8/stream.json "$model" $ours stream --int8 --minutes 10 "${timed[@]}"
