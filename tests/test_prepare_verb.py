@@ -1,6 +1,7 @@
 """`prepare` on the command line: what it prints and writes, and its exit status."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -146,7 +147,10 @@ def test_damage_is_quoted_on_one_line_that_any_terminal_can_show(capsys):
 
 def test_a_reader_who_has_enough_is_no_error():
     command = [sys.executable, "-m", "videollm_mod_jax.prepare", "--page", "coin_step"]
-    done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # What is printed waits in a buffer, as it does for a reader.
+    environment = {key: os.environ[key] for key in os.environ if key != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    done = subprocess.Popen(command, env=environment, **pipes)
     done.stdout.close()
     assert done.stderr.read() == b""
     assert done.wait() == 0

@@ -42,6 +42,8 @@ def report_user_errors(run: Callable[[], None], interrupted: str = "interrupted"
     logging.set_verbosity(logging.FATAL)
     try:
         run()
+        # Here, and not at exit, where a reader that has enough could not be told from a mistake.
+        sys.stdout.flush()
         distributed.barrier("end")
     except distributed.Stopped as stopped:
         if distributed.is_lead():
