@@ -43,7 +43,7 @@ def _rows(plan: Plan) -> dict[str, str]:
     if plan.limit_bytes is not None:
         rows["memory limit"] = _gib(plan.limit_bytes)
     if program.fits:
-        rows["memory needed"] = _gib(program.peak_bytes + plan.tower_bytes)
+        rows["memory needed"] = _gib(plan.needed_bytes)
         rows["  vision tower, beside the step  [counted]"] = _gib(plan.tower_bytes)
         rows["  peak of the step  [compiler]"] = _gib(program.peak_bytes)
         rows["    arguments  [compiler]"] = _gib(program.argument_bytes)
