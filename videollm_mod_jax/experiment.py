@@ -13,12 +13,12 @@ from typing import Any
 
 import ml_collections
 
+from videollm_mod_jax.config_dict import build
 from videollm_mod_jax.data.config import DataConfig
 from videollm_mod_jax.data.pipeline import Examples
 from videollm_mod_jax.data.sources import Sources
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.models.building import build
 from videollm_mod_jax.models.config import VideoLLMConfig
 from videollm_mod_jax.models.plan import config_plan
 from videollm_mod_jax.models.presets import decoder_preset, vision_preset

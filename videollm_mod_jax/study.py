@@ -34,12 +34,12 @@ import numpy as np
 from rich.console import Console
 
 from videollm_mod_jax import cli
+from videollm_mod_jax.config_dict import build
 from videollm_mod_jax.data import files
 from videollm_mod_jax.data.sources import TRAIN, Sources
 from videollm_mod_jax.encode import encode_split, fingerprint
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.experiment import Experiment, examples_for, plain
-from videollm_mod_jax.models.building import build
 from videollm_mod_jax.studying import figures, tables
 from videollm_mod_jax.studying.baselines import baselines
 from videollm_mod_jax.studying.config import StudyConfig

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from videollm_mod_jax.models.building import build, require, require_choice
+from videollm_mod_jax.config_dict import build, require, require_choice
 
 LINEAR_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 """The seven linears of a decoder layer, in the order of their use; LoRA targets name them."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from videollm_mod_jax.models.building import require, require_choice
+from videollm_mod_jax.config_dict import require, require_choice
 
 KERNELS = ("auto", "xla", "gpu", "tpu")
 """`auto` decides by the platform and the model; the others are described in `Execution`."""
