@@ -25,6 +25,7 @@ from rich.console import Console
 
 from videollm_mod_jax import cli
 from videollm_mod_jax.data import files
+from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.data.sources import TRAINED_ON, Sources
 from videollm_mod_jax.encode import encode_split, fingerprint
 from videollm_mod_jax.errors import UserError
@@ -49,7 +50,6 @@ from videollm_mod_jax.training.checkpoint import (
     LoadedModel,
     checkpoint_steps,
     load_model,
-    read_json,
     write_json,
 )
 

@@ -36,6 +36,7 @@ from rich.console import Console
 from videollm_mod_jax import cli
 from videollm_mod_jax.config_dict import build
 from videollm_mod_jax.data import files
+from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.data.sources import TRAIN, Sources
 from videollm_mod_jax.encode import encode_split, fingerprint
 from videollm_mod_jax.errors import UserError
@@ -49,7 +50,7 @@ from videollm_mod_jax.studying.variants import FULL, ONLINE, chosen, variants
 from videollm_mod_jax.studying.workers import in_process, pool_of, slots_of
 from videollm_mod_jax.train import TOWER, tower_of
 from videollm_mod_jax.training import loop
-from videollm_mod_jax.training.checkpoint import read_json, write_json
+from videollm_mod_jax.training.checkpoint import write_json
 
 TASK = "digits_scenes"
 RUNS, RESULT, START = "runs", "result.json", "start"

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from videollm_mod_jax import cli
-from videollm_mod_jax.data import digits
+from videollm_mod_jax.data import digits, files
 from videollm_mod_jax.data.pipeline import Examples, evaluation_batches
 from videollm_mod_jax.data.sources import TRAIN, TRAINED_ON, Sources, check_stored
 from videollm_mod_jax.data.tokenizer import Tokenizer
@@ -183,7 +183,7 @@ def _remember_data(sources: Sources, workdir: Path) -> None:
     """
     path, stretches = workdir / TRAINED_ON, sources.training_stretches()
     with distributed.lead_first("data") as lead:
-        if path.exists() and checkpoint.read_json(path) != stretches:
+        if path.exists() and files.read_json(path) != stretches:
             raise UserError(
                 f"{path}: the run began with other records than there are now; prepare the "
                 "datasets as they were, or choose another workdir"
@@ -270,7 +270,7 @@ def tower_of(
 
 def _read_report(workdir: Path) -> Report:
     path = workdir / EVALUATION
-    return checkpoint.read_json(path) if path.exists() else {}
+    return files.read_json(path) if path.exists() else {}
 
 
 def _write_report(workdir: Path, report: Report) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 from rich.table import Table
 
 from videollm_mod_jax.benchmarking import device
+from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.training.checkpoint import read_json, write_json
+from videollm_mod_jax.training.checkpoint import write_json
 
 
 def path(out: Path, name: str) -> Path:

@@ -7,9 +7,9 @@ from typing import Any
 from videollm_mod_jax.conversion import llama, llava, vision
 from videollm_mod_jax.conversion.plan import Draft, Options, Part
 from videollm_mod_jax.conversion.source import Source, open_source
+from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VisionConfig
-from videollm_mod_jax.training.checkpoint import read_json
 
 CONFIG = "config.json"
 

@@ -32,13 +32,13 @@ from videollm_mod_jax.conversion.manifest import (
     write_manifest,
 )
 from videollm_mod_jax.conversion.plan import Conversion
+from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.training.checkpoint import (
     CONFIG_FILE,
     MANIFEST_FILE,
     WEIGHTS,
-    read_json,
     write_description,
     write_json,
 )

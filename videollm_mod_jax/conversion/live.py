@@ -17,11 +17,11 @@ from videollm_mod_jax.conversion.llama import decoder_table, linear
 from videollm_mod_jax.conversion.plan import Options
 from videollm_mod_jax.conversion.table import Rule, Table, join
 from videollm_mod_jax.data.dialogue import INTERVAL
+from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import DecoderConfig, RoutingConfig, VisionConfig
 from videollm_mod_jax.models.config import INSERTIONS
 from videollm_mod_jax.models.plan import routed_layers
-from videollm_mod_jax.training.checkpoint import read_json
 
 FAMILY = "videollm-online"
 LAYOUT = "live"

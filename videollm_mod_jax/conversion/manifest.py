@@ -17,8 +17,9 @@ import numpy as np
 
 from videollm_mod_jax.conversion.plan import Conversion, Part
 from videollm_mod_jax.conversion.table import match
+from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.training.checkpoint import MANIFEST_FILE, read_json, write_json
+from videollm_mod_jax.training.checkpoint import MANIFEST_FILE, write_json
 
 FORMAT = 1
 TABLE_VERSION = 1

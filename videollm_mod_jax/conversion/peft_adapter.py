@@ -21,10 +21,10 @@ from videollm_mod_jax.conversion.peft_names import (
 from videollm_mod_jax.conversion.source import Source, open_source
 from videollm_mod_jax.conversion.stored import TensorInfo
 from videollm_mod_jax.conversion.table import Table
+from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import LoraConfig
 from videollm_mod_jax.models.config import LINEAR_NAMES
-from videollm_mod_jax.training.checkpoint import read_json
 
 _TARGETS = (*LINEAR_NAMES, "lm_head")
 # LLaVA's own LoRA script writes its projector into a file that PEFT does not know.

@@ -1,10 +1,24 @@
-"""Atomic output: write beside the target, then rename."""
+"""Atomic output, written next to the target and renamed; and json files of any origin, read safely.
 
+A json file may come from a stranger: it may be a pipe that never ends, of terabytes, nested a
+million deep, or say two things at once. Whatever it is costs a second at most, and one line.
+"""
+
+import collections
 import contextlib
+import json
+import math
 import os
 import pathlib
 import shutil
+import stat
 from collections.abc import Iterator
+from typing import Any
+
+from videollm_mod_jax.errors import UserError
+
+LARGEST_JSON = 64 << 20
+"""Bytes of a json file that is read as a whole, unless its reader knows better."""
 
 
 @contextlib.contextmanager
@@ -25,3 +39,94 @@ def written_aside(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             shutil.rmtree(aside)
         else:
             aside.unlink(missing_ok=True)
+
+
+class DuplicateName(ValueError):
+    """An object has two members of one name."""
+
+
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes the object of its members; the `object_pairs_hook` of `json`.
+
+    Raises:
+      DuplicateName: a name comes twice.
+    """
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        names = collections.Counter(name for name, _ in pairs)
+        raise DuplicateName(f"the name {names.most_common(1)[0][0]!r:.80} comes twice")
+    return members
+
+
+def read_json(path: str | os.PathLike, *, largest: int = LARGEST_JSON, finite: bool = True) -> Any:
+    """Reads a json file.
+
+    ```
+    {"a": [1, 2.5]}                        {"a": [1, 2.5]}
+    {"a": 1, "a": 2}                       refused: which of them counts?
+    [[[[... a million of them              refused
+    {"a": NaN}   {"a": 1e999}              refused, unless not `finite`
+    {"a": "\\ud800"}                       refused: half a character, which no file can hold
+    a directory, a pipe, a device          refused, unopened or unread
+    ```
+
+    Args:
+      path: of the file.
+      largest: bytes; a larger file is not read.
+      finite: refuse numbers that are not finite, which JSON does not have, but Python writes.
+
+    Raises:
+      UserError: it is missing, no file, too large, not UTF-8, or no such json.
+    """
+    data = _read_file(pathlib.Path(path), largest)
+    hooks = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
+    try:
+        # Some editors put a byte order mark first, which means nothing.
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=refuse_duplicates, **hooks)
+        if b"\\ud" in data.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error.reason}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply to be read") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not json: {error}") from error
+    return value
+
+
+def read_json_object(
+    path: str | os.PathLike, *, largest: int = LARGEST_JSON, finite: bool = True
+) -> dict[str, Any]:
+    """Reads a json file that holds an object (a table of named values); see `read_json`.
+
+    Raises:
+      UserError: as `read_json`, or it holds something else.
+    """
+    value = read_json(path, largest=largest, finite=finite)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {value!r:.80}; expected an object, {{...}}")
+    return value
+
+
+def _read_file(path: pathlib.Path, largest: int) -> bytes:
+    try:
+        # A pipe that nobody writes to would be waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{path} is no file; expected a json file")
+            # Files of the system have no size that is known before they are read.
+            data = b"" if status.st_size > largest else file.read(largest + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if max(len(data), status.st_size) > largest:
+        raise UserError(f"{path} has more than {largest} bytes; expected a smaller json file")
+    return data
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text:.80} is not finite")
+    return value

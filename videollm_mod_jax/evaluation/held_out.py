@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.data.sources import Sources, merge_stretches
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.training.checkpoint import read_json
 
 Stretches = Mapping[str, Sequence[Sequence[float]]]
 

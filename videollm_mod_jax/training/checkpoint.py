@@ -27,6 +27,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from videollm_mod_jax.data import files
+from videollm_mod_jax.data.files import read_json, read_json_object
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM, VideoLLMConfig, full_computation
@@ -256,7 +257,7 @@ def read_model_config(directory: Path) -> VideoLLMConfig:
             f"{directory} holds no {MODEL_FILE}; expected the directory of a trained or converted "
             "model (what --workdir named when it was trained)"
         )
-    return VideoLLMConfig.from_dict(read_json(directory / MODEL_FILE))
+    return VideoLLMConfig.from_dict(read_json_object(directory / MODEL_FILE))
 
 
 def write_weights(directory: Path, variables: Variables) -> None:
@@ -280,20 +281,6 @@ def write_json(path: Path, value: Any) -> None:
     """Writes a json file; the directory is made if missing."""
     with files.written_aside(path) as aside:
         aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """Reads a json file.
-
-    Raises:
-      UserError: it is missing or not json.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not json: {error}") from error
 
 
 def _stored_tree(path: Path) -> Variables:

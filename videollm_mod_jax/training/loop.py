@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from videollm_mod_jax.data import files
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLMConfig
@@ -142,7 +143,7 @@ def claim_workdir(workdir: str | Path, run_config: Mapping[str, Any]) -> None:
 def _check_workdir(workdir: Path, run_config: Mapping[str, Any]) -> None:
     path = workdir / checkpoint.CONFIG_FILE
     if path.exists():
-        different = differences(checkpoint.read_json(path), run_config)
+        different = differences(files.read_json(path), run_config)
         if different:
             raise UserError(
                 f"{workdir} holds a run with another configuration: {'; '.join(different)}; give "

@@ -8,7 +8,6 @@ with one annotation then costs that one, but for a name that comes twice in an o
 two values counts, nobody knows, and the standard library would lose one in silence.
 """
 
-import collections
 import itertools
 import json
 import re
@@ -17,29 +16,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from videollm_mod_jax.data.annotations import shown
+from videollm_mod_jax.data.files import DuplicateName, refuse_duplicates
 from videollm_mod_jax.errors import UserError
 
 _PIECE = 1 << 24  # characters read at a time
 _LONGEST = 1 << 26  # characters of a member; of a longer one, or a broken one, we give up
 _SPACE = re.compile(r"[ \t\n\r]*")
 _FOLLOWING = frozenset(",:]}")  # what may come after a value in an array or object
-
-
-class DuplicateName(ValueError):
-    """An object has two members of one name."""
-
-
-def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes the object of its members; the `object_pairs_hook` of `json`.
-
-    Raises:
-      DuplicateName: a name comes twice.
-    """
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        names = collections.Counter(name for name, _ in pairs)
-        raise DuplicateName(f"the name {shown(names.most_common(1)[0][0])} comes twice")
-    return members
 
 
 _decode = json.JSONDecoder(object_pairs_hook=refuse_duplicates).raw_decode

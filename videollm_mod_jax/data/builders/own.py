@@ -25,7 +25,7 @@ from videollm_mod_jax.data.annotations import (
     text_field,
 )
 from videollm_mod_jax.data.builders.cutting import cut
-from videollm_mod_jax.data.builders.json_members import refuse_duplicates
+from videollm_mod_jax.data.files import refuse_duplicates
 from videollm_mod_jax.data.video_folder import IMAGES, VIDEOS
 from videollm_mod_jax.errors import UserError
 

@@ -27,6 +27,7 @@ from videollm_mod_jax.data.annotations import (
     shown,
 )
 from videollm_mod_jax.data.builders import json_members
+from videollm_mod_jax.data.files import refuse_duplicates
 from videollm_mod_jax.errors import UserError
 
 # What LLaVA-1.5 appends to a question (haotian-liu/LLaVA, docs/Evaluation.md).
@@ -219,7 +220,7 @@ def parsed_line(where: str, line: str) -> Any:
       FieldError: "not json".
     """
     try:
-        return json.loads(line, object_pairs_hook=json_members.refuse_duplicates)
+        return json.loads(line, object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise FieldError("not json", where, f"{error}; found {shown(line)}") from error
 
