@@ -199,5 +199,5 @@ def test_a_vocabulary_in_chunks_saves_memory_and_costs_one_more_head():
 
 @pytest.mark.parametrize("field", ["row_chunk", "vocab_chunk"])
 def test_negative_chunks_are_refused(field):
-    with pytest.raises(UserError, match=f"{field} is -1; expected 0 or more"):
+    with pytest.raises(UserError, match=f"{field} is -1; expected a number in "):
         Execution(**{field: -1})

@@ -112,9 +112,9 @@ def test_stacking_and_unstacking_are_inverse(insertion):
         ({"insertion": (1, 1)}, "names a layer twice"),
         ({"keep_ratio": (0.2, 0.2)}, "2 entries; the decoder has 4 layers"),
         ({"insertion": "interlaced"}, "choose one of interleaved"),
-        ({"keep_ratio": 1.5}, r"must lie in \[0, 1\]"),
+        ({"keep_ratio": 1.5}, r"keep_ratio is 1.5; expected a number in \[0, 1\]"),
         ({"weighting": "tanh"}, "choose one of paper, official, tanh1, relative, none"),
-        ({"exploration": -0.1}, r"routing.exploration is -0.1; it must lie in \[0, 1\]"),
+        ({"exploration": -0.1}, r"exploration is -0.1; expected a number in \[0, 1\]"),
         ({"exploration": 0.3, "selection": "random"}, "'random': set exploration to 0"),
     ],
 )

@@ -269,7 +269,7 @@ def test_a_missing_config_and_an_unknown_preset_in_one_are_one_line_and_status_2
         (["--config.training.stepps=3"], "the config has no key 'stepps'; did you mean \"steps\""),
         (["--config.data.zebra=3"], "the config has no key 'zebra'"),
         (["--config.training.steps=many"], "many"),
-        (["--config.training.steps=0"], "training.steps is 0; it must be at least 1"),
+        (["--config.training.steps=0"], "training.steps is 0; expected a number in [1, 2**31)"),
         (["extra"], "unexpected argument 'extra'"),
     ],
 )

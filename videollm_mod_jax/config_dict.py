@@ -3,18 +3,18 @@
 A field says its range where it says its type, and every way to make the dataclass keeps it:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class OptimizerConfig:
+    class OptimizerConfig(Checked):
         beta1: Annotated[float, Interval("[0, 1)")]
-
-        def __post_init__(self):
-            check_fields(self)
 
     build(OptimizerConfig, {"beta1": 1.5}, "config.training.optimizer")
     UserError: config.training.optimizer.beta1 is 1.5; expected a number in [0, 1)
+    OptimizerConfig(beta1=math.nan)
+    UserError: OptimizerConfig.beta1 is nan; expected a finite number
 """
 
 import dataclasses
 import difflib
+import functools
 import re
 import sys
 import types
@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.names import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +54,12 @@ class Interval:
             return f"a number in {self.text}"
         return f"{low} or more" if self.text[0] == "[" else f"more than {low}"
 
-    @property
+    @functools.cached_property
     def _texts(self) -> tuple[str, str]:
         low, high = self.text[1:-1].split(",")
         return low.strip(), high.strip()
 
-    @property
+    @functools.cached_property
     def _bounds(self) -> tuple[float, float]:
         return tuple(_number(text) for text in self._texts)
 
@@ -79,6 +80,9 @@ COUNT_OR_NONE = Annotated[int, Interval("[0, 2**31)")]
 SHARE = Annotated[float, Interval("[0, 1]")]
 """A part of a whole, or a probability."""
 
+SEED = Annotated[int, Interval("[0, 2**31)")]
+"""Of random numbers; what NumPy and JAX both take."""
+
 
 def require(condition: bool, message: str) -> None:
     """Raises a UserError with the message unless the condition holds."""
@@ -88,7 +92,7 @@ def require(condition: bool, message: str) -> None:
 
 def require_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises a UserError that lists the choices unless `value` is one of them."""
-    require(value in choices, f"{field} is {value!r}; choose one of {', '.join(choices)}")
+    require(value in choices, f"{field} is {shown(value)}; choose one of {', '.join(choices)}")
 
 
 def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
@@ -102,16 +106,32 @@ def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     Raises:
       UserError: an unknown, missing or wrongly typed field, named.
     """
-    require(isinstance(values, Mapping), f"{where} is {values!r}; expected a table of fields")
-    hints = typing.get_type_hints(cls, include_extras=True)
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} is {shown(values)}; expected a table of fields")
+    hints = _hints(cls)
     for key in values:
         if key not in hints:
             close = difflib.get_close_matches(key, hints, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(hints)}"
-            raise UserError(f"{where}.{key} is not a known field; {hint}")
+            raise UserError(f"{where}.{key!s:.80} is not a known field; {hint}")
     for key in hints:
         require(key in values, f"{where}.{key} is missing")
     return cls(**{k: _convert(hints[k], values[k], f"{where}.{k}") for k in hints})
+
+
+class Checked:
+    """Base of dataclasses whose fields are checked however they are made.
+
+    A dataclass that checks more, such as how two fields go together, does so in its own
+    `__post_init__`, after `super().__post_init__()`.
+
+    Raises:
+      UserError: from the constructor and `dataclasses.replace`: a wrongly typed field, or one out
+        of its range, named.
+    """
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def check_fields(instance: Any) -> None:
@@ -120,9 +140,17 @@ def check_fields(instance: Any) -> None:
     Raises:
       UserError: a wrongly typed field or one out of its range, named.
     """
-    for name, hint in typing.get_type_hints(type(instance), include_extras=True).items():
-        if typing.get_origin(hint) is not typing.ClassVar:
-            _convert(hint, getattr(instance, name), name)
+    for name, hint in _hints(type(instance)).items():
+        where, value = f"{type(instance).__name__}.{name}", getattr(instance, name)
+        # Not a list for a tuple, nor a table for a dataclass, as a file has them.
+        if _convert(hint, value, where) != value:
+            raise _unexpected(hint, value, where)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -130,29 +158,33 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is Annotated:
         value = _convert(arguments[0], value, where)
         for interval in arguments[1:]:
-            require(value in interval, f"{where} is {value!r}; expected {interval}")
+            if value not in interval:
+                raise UserError(f"{where} is {shown(value)}; expected {interval}")
         return value
     if origin in (typing.Union, types.UnionType):
         for option in arguments:
             if _fits(option, value):
                 return _convert(option, value, where)
-        raise UserError(f"{where} is {value!r}; expected {_spell(hint)}")
-    require(_fits(hint, value), f"{where} is {value!r}; expected {_spell(hint)}")
+        raise _unexpected(hint, value, where)
+    if not _fits(hint, value):
+        raise _unexpected(hint, value, where)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
     if origin is Mapping:
-        return {key: _convert(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
+        return {k: _convert(arguments[1], v, f"{where}.{k!s:.80}") for k, v in value.items()}
     if origin is tuple:
         if Ellipsis in arguments:
             return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-        require(len(value) == len(arguments), f"{where} is {value!r}; expected {_spell(hint)}")
+        if len(value) != len(arguments):
+            raise _unexpected(hint, value, where)
         return tuple(
             _convert(h, v, f"{where}[{i}]")
             for i, (h, v) in enumerate(zip(arguments, value, strict=True))
         )
     if hint is float:
         # A whole number may be too large for a float.
-        require(abs(value) <= sys.float_info.max, f"{where} is {value!r}; expected a finite number")
+        if not abs(value) <= sys.float_info.max:
+            raise UserError(f"{where} is {shown(value)}; expected a finite number")
         return float(value)
     return value
 
@@ -173,9 +205,17 @@ def _fits(hint: Any, value: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
+def _unexpected(hint: Any, value: Any, where: str) -> UserError:
+    return UserError(f"{where} is {shown(value)}; expected {_spell(hint)}")
+
+
 def _spell(hint: Any) -> str:
-    if typing.get_origin(hint) is Annotated:
-        return _spell(typing.get_args(hint)[0])
-    if isinstance(hint, type) and typing.get_origin(hint) is None:
-        return hint.__name__
-    return str(hint).replace("typing.", "").replace("videollm_mod_jax.models.config.", "")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _spell(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(_spell, arguments))
+    if origin is not None:
+        inner = ", ".join("..." if a is Ellipsis else _spell(a) for a in arguments)
+        return f"{origin.__name__}[{inner}]"
+    return "None" if hint is types.NoneType else hint.__name__

@@ -9,11 +9,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ml_collections
 
-from videollm_mod_jax.config_dict import build
+from videollm_mod_jax.config_dict import Checked, Interval, build
 from videollm_mod_jax.data.config import DataConfig
 from videollm_mod_jax.data.pipeline import Examples
 from videollm_mod_jax.data.sources import Sources
@@ -29,7 +29,7 @@ from videollm_mod_jax.training.tower import CANVASES, Canvas, TowerConfig, check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Checked):
     """How a run is judged.
 
     Attributes:
@@ -42,12 +42,12 @@ class EvaluationConfig:
 
     benchmarks: Mapping[str, str]
     around_training: str
-    batch_size: int
-    answer_tokens: int
+    batch_size: Annotated[int, Interval("[1, 2**20]")]
+    answer_tokens: Annotated[int, Interval("[1, 2**20]")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Experiment:
+class Experiment(Checked):
     """A whole run.
 
     Attributes:
@@ -68,6 +68,7 @@ class Experiment:
     evaluation: EvaluationConfig
 
     def __post_init__(self):
+        super().__post_init__()
         # What only shows when the model is built should show before anything is written.
         config_plan(self.model)
         for name in self.evaluation.benchmarks:
@@ -89,7 +90,14 @@ class Experiment:
             )
         if not self.init:
             check_vision(self.model.vision, self.canvas)
-        make_layout(self.training.sharding, self.training.mesh)
+        layout = make_layout(self.training.sharding, self.training.mesh)
+        parts = self.training.microbatches * layout.batch_shards
+        if self.data.batch_size % parts:
+            raise UserError(
+                f"data.batch_size is {self.data.batch_size}; expected a multiple of {parts}, "
+                f"training.microbatches = {self.training.microbatches} times "
+                f"{layout.batch_shards} devices along data and fsdp"
+            )
         if self.training.trainable == "lora" and not self.model.lora.rank:
             raise UserError(
                 "training.trainable is 'lora' and model.lora.rank is 0; give the model adapters, "

@@ -29,7 +29,7 @@ def check_name(name: object, field: str) -> str:
     """
     if not isinstance(name, str) or not _is_safe(name):
         raise UserError(
-            f"{field} is {_short(name)}; expected a name of 1 to {_LONGEST} bytes that can be "
+            f"{field} is {shown(name)}; expected a name of 1 to {_LONGEST} bytes that can be "
             "printed, has no / and no \\, and does not start with a dot"
         )
     return name
@@ -52,10 +52,34 @@ def check_relative_path(path: object, field: str) -> str:
     """
     if not isinstance(path, str) or not all(map(_is_safe, path.split("/"))):
         raise UserError(
-            f"{field} is {_short(path)}; expected a relative path such as kitchen/0017, of names "
+            f"{field} is {shown(path)}; expected a relative path such as kitchen/0017, of names "
             "that can be printed and do not start with a dot"
         )
     return path
+
+
+def shown(value: object) -> str:
+    """Returns a value as a message shows it: cut to fit a line, however large it is."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python refuses to spell whole numbers of thousands of digits.
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= 120 else f"{text[:120]}..."
+
+
+def printable(text: str) -> str:
+    """Returns a text with an escape for every character that a terminal would act on.
+
+    ```
+    a b \u00e9              a b \u00e9
+    a\\x1b[2Jb (ESC)      a\\\\x1b[2Jb
+    two\\nlines           two\\\\nlines
+    ```
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def _is_safe(name: str) -> bool:
@@ -66,8 +90,3 @@ def _is_safe(name: str) -> bool:
         and not set(name) & {"/", "\\"}
         and 0 < len(name.encode()) <= _LONGEST
     )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:120]}..."

@@ -10,7 +10,7 @@ Letters: B streams that advance together, T text tokens, N vision tokens per fra
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from videollm_mod_jax.benchmarking.filled import Context, fill, random_variables
 from videollm_mod_jax.benchmarking.floors import measured
 from videollm_mod_jax.benchmarking.timing import Timing, measure
 from videollm_mod_jax.benchmarking.training import variants
+from videollm_mod_jax.config_dict import COUNT, Checked, Interval
 from videollm_mod_jax.data.config import DataConfig
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import (
@@ -39,7 +40,7 @@ IMAGES = (1, 8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StreamSettings:
+class StreamSettings(Checked):
     """What is measured.
 
     Attributes:
@@ -52,22 +53,20 @@ class StreamSettings:
       int8: round the decoder's weights of both variants to 8 bits, adapters merged.
     """
 
-    minutes: tuple[float, ...]
-    fps: float
-    streams: tuple[int, ...]
-    new_tokens: int
-    rounds: int
-    warmup: int
+    minutes: tuple[Annotated[float, Interval("(0, 1e6]")], ...]
+    fps: Annotated[float, Interval("[1e-3, 1000]")]
+    streams: tuple[COUNT, ...]
+    new_tokens: COUNT
+    rounds: COUNT
+    warmup: COUNT
     int8: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("minutes", "streams"):
             values = getattr(self, name)
-            if not values or min(values) <= 0 or sorted(set(values)) != list(values):
-                raise UserError(f"{name} are {values}; expected rising numbers above 0")
-        for name, least in (("fps", 1e-3), ("new_tokens", 1), ("rounds", 1), ("warmup", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}")
+            if not values or sorted(set(values)) != list(values):
+                raise UserError(f"{name} are {values}; expected rising numbers, at least one")
 
     def context(self, minutes: float, data: DataConfig) -> Context:
         """What a stream of that length has seen, with as much text per frame as the data allow."""

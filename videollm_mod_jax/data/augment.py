@@ -10,11 +10,12 @@ import dataclasses
 
 import numpy as np
 
+from videollm_mod_jax.config_dict import COUNT_OR_NONE, SHARE, Checked
 from videollm_mod_jax.data.dialogue import Assistant, Conversation, Stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Disturbance:
+class Disturbance(Checked):
     """How often and how far.
 
     Attributes:
@@ -22,8 +23,8 @@ class Disturbance:
       window: frames by which a narration may be moved, earlier or later.
     """
 
-    probability: float
-    window: int
+    probability: SHARE
+    window: COUNT_OR_NONE
 
 
 def disturb(conversation: Conversation, how: Disturbance, rng: np.random.Generator) -> Conversation:

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Annotated
 
+from videollm_mod_jax.config_dict import COUNT_OR_NONE, SEED, SHARE, Checked, Interval
 from videollm_mod_jax.data.example import Budget
 from videollm_mod_jax.errors import UserError
 
@@ -11,7 +13,7 @@ DRAWN = ("digits_stream", "digits_scenes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SourceConfig:
+class SourceConfig(Checked):
     """A dataset of a run.
 
     Attributes:
@@ -22,22 +24,22 @@ class SourceConfig:
       features: the feature store that `encode` wrote; empty for one that is drawn.
     """
 
-    weight: float
+    weight: Annotated[float, Interval("[0, 1e6]")]
     records: str
     features: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DrawConfig:
+class DrawConfig(Checked):
     """How many streams are drawn per split."""
 
-    train: int
-    validation: int
-    test: int
+    train: Annotated[int, Interval("[1, 2**24]")]
+    validation: Annotated[int, Interval("[0, 2**24]")]
+    test: Annotated[int, Interval("[0, 2**24]")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Checked):
     """The datasets and how their dialogues become batches.
 
     Attributes:
@@ -61,32 +63,29 @@ class DataConfig:
 
     sources: Mapping[str, SourceConfig]
     draw: DrawConfig | None
-    seed: int
-    epochs: float
-    frames: int
+    seed: SEED
+    epochs: Annotated[float, Interval("[0, 1e6]")]
+    frames: Annotated[int, Interval("[1, 2**20]")]
     system: str
     tokenizer: str
-    vocab_size: int
-    text_tokens: int
-    labels: int
-    disturb_probability: float
-    disturb_window: int
-    batch_size: int
-    num_workers: int
+    vocab_size: Annotated[int, Interval("[1, 2**24]")]
+    text_tokens: Annotated[int, Interval("[1, 2**24]")]
+    labels: Annotated[int, Interval("[1, 2**24]")]
+    disturb_probability: SHARE
+    disturb_window: COUNT_OR_NONE
+    batch_size: Annotated[int, Interval("[1, 2**20]")]
+    num_workers: Annotated[int, Interval("[0, 1024]")]
 
     def __post_init__(self):
+        super().__post_init__()
         for name, source in self.sources.items():
             where = f"data.sources.{name}"
-            if source.weight < 0:
-                raise UserError(f"{where}.weight is {source.weight}; expected 0 or more")
             for field in ("records", "features"):
                 if bool(getattr(source, field)) == (name in DRAWN):
                     expected = "empty, as it is drawn" if name in DRAWN else "a directory"
                     raise UserError(
                         f"{where}.{field} is {getattr(source, field)!r}; expected {expected}"
                     )
-        if self.epochs < 0:
-            raise UserError(f"data.epochs is {self.epochs}; expected 0 or more")
         if not any(source.weight for source in self.sources.values()):
             raise UserError("data.sources: no dataset has a weight above 0; nothing to learn from")
         drawn = [name for name in self.sources if name in DRAWN]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from videollm_mod_jax.config_dict import COUNT_OR_NONE, Checked
 from videollm_mod_jax.data import dialogue
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
@@ -58,12 +59,12 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Checked):
     """The static sizes of an example: F frames, T text tokens, J labelled positions."""
 
-    frames: int
-    text_tokens: int
-    labels: int
+    frames: COUNT_OR_NONE
+    text_tokens: COUNT_OR_NONE
+    labels: COUNT_OR_NONE
 
 
 def build_example(

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.names import shown
 
 LARGEST_JSON = 64 << 20
 """Bytes of a json file that is read as a whole, unless its reader knows better."""
@@ -54,7 +55,7 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
         names = collections.Counter(name for name, _ in pairs)
-        raise DuplicateName(f"the name {names.most_common(1)[0][0]!r:.80} comes twice")
+        raise DuplicateName(f"the name {shown(names.most_common(1)[0][0])} comes twice")
     return members
 
 
@@ -104,7 +105,7 @@ def read_json_object(
     """
     value = read_json(path, largest=largest, finite=finite)
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds {value!r:.80}; expected an object, {{...}}")
+        raise UserError(f"{path} holds {shown(value)}; expected an object, {{...}}")
     return value
 
 

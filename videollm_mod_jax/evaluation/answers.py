@@ -11,11 +11,13 @@ width, V vocabulary, T new tokens.
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from videollm_mod_jax.config_dict import SEED, Checked, Interval
 from videollm_mod_jax.data.pipeline import Examples
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.evaluation.placing import put_rows
@@ -27,7 +29,7 @@ from videollm_mod_jax.training.checkpoint import LoadedModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decoding:
+class Decoding(Checked):
     """How answers are found.
 
     Attributes:
@@ -37,15 +39,13 @@ class Decoding:
       seed: of sampling.
     """
 
-    max_new_tokens: int
-    temperature: float
-    samples: int
-    seed: int
+    max_new_tokens: Annotated[int, Interval("[2, 2**20]")]
+    temperature: Annotated[float, Interval("[0, 1000]")]
+    samples: Annotated[int, Interval("[1, 2**20]")]
+    seed: SEED
 
     def __post_init__(self):
-        for name, least in (("max_new_tokens", 2), ("temperature", 0), ("samples", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        super().__post_init__()
         if self.samples > 1 and not self.temperature:
             raise UserError(
                 f"samples is {self.samples} and temperature is 0, so all would be the same; give a "

@@ -6,9 +6,17 @@ converted checkpoint states each of them.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from videollm_mod_jax.config_dict import build, require, require_choice
+from videollm_mod_jax.config_dict import (
+    COUNT,
+    SHARE,
+    Checked,
+    Interval,
+    build,
+    require,
+    require_choice,
+)
 
 LINEAR_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 """The seven linears of a decoder layer, in the order of their use; LoRA targets name them."""
@@ -17,9 +25,27 @@ INSERTIONS = ("interleaved", "all", "all-deep", "interleaved-deep")
 SELECTIONS = ("learned", "uniform", "random")
 WEIGHTINGS = ("paper", "official", "tanh1", "relative", "none")
 
+# The limits are several times those of the largest models that are published (126 layers, width
+# 18432, MLP width 53248, vocabulary 262400), and small enough that a model.json of a stranger
+# cannot make us trace layers for hours, or build a pooling matrix that fills the memory.
+MOST_PATCHES = 128
+"""Along one side of an image."""
+
+_LAYERS = Annotated[int, Interval("[1, 1024]")]
+_LAYERS_OR_NONE = Annotated[int, Interval("[0, 1024]")]
+_LAYER = Annotated[int, Interval("[0, 1024)")]
+_WIDTH = Annotated[int, Interval("[1, 2**18]")]
+_HEADS = Annotated[int, Interval("[1, 2**10]")]
+_PIXELS = Annotated[int, Interval("[1, 2**14]")]
+_POOLED = Annotated[int, Interval("[0, 128]")]
+# Less is 0 in the float32 in which norms are computed.
+_EPS = Annotated[float, Interval("[1e-30, 1)")]
+_STRETCH = Annotated[float, Interval("[1e-3, 1e6]")]
+_STD = Annotated[float, Interval("[1e-3, 10]")]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
+class RopeScaling(Checked):
     """A rescaling of rotary frequencies, for longer contexts than a model was first trained on.
 
     Attributes:
@@ -31,12 +57,13 @@ class RopeScaling:
     """
 
     kind: str
-    factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_positions: int | None = None
+    factor: _STRETCH
+    low_freq_factor: _STRETCH | None = None
+    high_freq_factor: _STRETCH | None = None
+    original_max_positions: COUNT | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         require_choice("rope_scaling.kind", self.kind, ("linear", "llama3"))
         for field in ("low_freq_factor", "high_freq_factor", "original_max_positions"):
             require(
@@ -44,10 +71,15 @@ class RopeScaling:
                 f"rope_scaling.{field} is {getattr(self, field)}, which does not go with kind "
                 f"{self.kind!r}: llama3 needs a number, linear has none",
             )
+        require(
+            self.kind == "linear" or self.low_freq_factor < self.high_freq_factor,
+            f"rope_scaling.low_freq_factor is {self.low_freq_factor}; it must be less than "
+            f"rope_scaling.high_freq_factor = {self.high_freq_factor}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(Checked):
     """A decoder of the Llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
     Attributes:
@@ -65,23 +97,21 @@ class DecoderConfig:
       tie_embeddings: the output head is the transposed embedding table.
     """
 
-    vocab_size: int
-    hidden_size: int
-    mlp_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float
+    vocab_size: Annotated[int, Interval("[1, 2**24]")]
+    hidden_size: _WIDTH
+    mlp_size: _WIDTH
+    num_layers: _LAYERS
+    num_heads: _HEADS
+    num_kv_heads: _HEADS
+    head_dim: Annotated[int, Interval("[2, 2**12]")]
+    rope_theta: Annotated[float, Interval("[1, 1e12]")]
     rope_scaling: RopeScaling | None
-    norm_eps: float
+    norm_eps: _EPS
     qkv_bias: bool
     tie_embeddings: bool
 
     def __post_init__(self):
-        for field in ("vocab_size", "hidden_size", "mlp_size", "num_layers", "num_kv_heads"):
-            value = getattr(self, field)
-            require(value >= 1, f"decoder.{field} is {value}; it must be at least 1")
+        super().__post_init__()
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"decoder.num_heads is {self.num_heads}, which is not a multiple of "
@@ -94,7 +124,7 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RoutingConfig:
+class RoutingConfig(Checked):
     """Which decoder layers route vision tokens, and how (paper, sections 3.2 and 3.3).
 
     Attributes:
@@ -121,25 +151,19 @@ class RoutingConfig:
         step explores. 0, the paper's: never.
     """
 
-    insertion: str | tuple[int, ...]
-    keep_ratio: float | tuple[float, ...]
+    insertion: str | tuple[_LAYER, ...]
+    keep_ratio: SHARE | tuple[SHARE, ...]
     selection: str
     weighting: str
     force_keep_last: bool
-    exploration: float
+    exploration: SHARE
 
     def __post_init__(self):
+        super().__post_init__()
         if isinstance(self.insertion, str):
             require_choice("routing.insertion", self.insertion, INSERTIONS)
         require_choice("routing.selection", self.selection, SELECTIONS)
         require_choice("routing.weighting", self.weighting, WEIGHTINGS)
-        ratios = self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,)
-        for ratio in ratios:
-            require(0 <= ratio <= 1, f"routing.keep_ratio is {ratio}; it must lie in [0, 1]")
-        require(
-            0 <= self.exploration <= 1,
-            f"routing.exploration is {self.exploration}; it must lie in [0, 1]",
-        )
         require(
             self.exploration == 0 or self.selection == "learned",
             f"routing.exploration is {self.exploration}, which needs a router that selects; "
@@ -174,7 +198,7 @@ def _baseline(insertion: str | tuple[int, ...]) -> RoutingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Checked):
     """Low-rank adapters (arXiv 2106.09685): y = x W + (alpha / rank) (dropout(x) A) B.
 
     Attributes:
@@ -184,14 +208,13 @@ class LoraConfig:
       targets: which linears carry an adapter: any of q, k, v, o, gate, up, down, lm_head.
     """
 
-    rank: int
-    alpha: float
-    dropout: float
+    rank: Annotated[int, Interval("[0, 2**16]")]
+    alpha: Annotated[float, Interval("(0, 1e6]")]
+    dropout: Annotated[float, Interval("[0, 1)")]
     targets: tuple[str, ...]
 
     def __post_init__(self):
-        require(self.rank >= 0, f"lora.rank is {self.rank}; it must be 0 or more")
-        require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
+        super().__post_init__()
         for target in self.targets:
             require_choice("lora.targets", target, (*LINEAR_NAMES, "lm_head"))
 
@@ -204,7 +227,7 @@ NO_LORA = LoraConfig(rank=0, alpha=1.0, dropout=0.0, targets=())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VisionConfig:
+class VisionConfig(Checked):
     """A ViT that is SigLIP or CLIP by its fields, and how its patches become frame tokens.
 
     Attributes:
@@ -233,32 +256,44 @@ class VisionConfig:
     """
 
     architecture: str
-    image_size: int
-    patch_size: int
-    width: int
-    mlp_width: int
-    num_layers: int
-    unused_blocks: int
-    num_heads: int
-    norm_eps: float
+    image_size: _PIXELS
+    patch_size: _PIXELS
+    width: _WIDTH
+    mlp_width: _WIDTH
+    num_layers: _LAYERS_OR_NONE
+    unused_blocks: _LAYERS_OR_NONE
+    num_heads: _HEADS
+    norm_eps: _EPS
     activation: str
     final_norm: bool
     pooling_head: bool
     summary: str
-    pool: tuple[int, int]
+    pool: tuple[_POOLED, _POOLED]
     pooling: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[SHARE, SHARE, SHARE]
+    std: tuple[_STD, _STD, _STD]
 
     def __post_init__(self):
+        super().__post_init__()
         require_choice("vision.architecture", self.architecture, ("siglip", "clip"))
         require_choice("vision.activation", self.activation, ("gelu_tanh", "quick_gelu", "gelu"))
         require_choice("vision.summary", self.summary, ("attention_pool", "class_token", "none"))
         require_choice("vision.pooling", self.pooling, ("average", "bilinear"))
         require(
-            1 <= self.patch_size <= self.image_size,
+            self.patch_size <= self.image_size,
             f"vision.patch_size is {self.patch_size}; it must lie between 1 and "
             f"vision.image_size = {self.image_size}",
+        )
+        side = self.patches_per_side
+        require(
+            side <= MOST_PATCHES,
+            f"vision.image_size is {self.image_size} and vision.patch_size is {self.patch_size}: "
+            f"{side} patches along a side; expected {MOST_PATCHES} at most",
+        )
+        require(
+            max(self.pool) <= side and (0 in self.pool) == (self.pool == (0, 0)),
+            f"vision.pool is {self.pool}; expected (0, 0), or two numbers from 1 to {side}, the "
+            "patches along a side",
         )
         require(
             self.width % self.num_heads == 0,
@@ -266,8 +301,8 @@ class VisionConfig:
             f"vision.num_heads = {self.num_heads}",
         )
         require(
-            0 <= self.unused_blocks < max(self.num_layers, 1) and self.num_layers >= 0,
-            f"vision.unused_blocks is {self.unused_blocks}; it must be at least 0 and less than "
+            self.unused_blocks < max(self.num_layers, 1),
+            f"vision.unused_blocks is {self.unused_blocks}; it must be less than "
             f"vision.num_layers = {self.num_layers}",
         )
         possible = {
@@ -307,7 +342,7 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VideoLLMConfig:
+class VideoLLMConfig(Checked):
     """Everything that `model.json` of a checkpoint says: the architecture and its number types.
 
     What LoRA training updates (adapters, routers, connector) is stored in float32 whatever
@@ -333,6 +368,7 @@ class VideoLLMConfig:
     param_dtype: str
 
     def __post_init__(self):
+        super().__post_init__()
         for field in ("dtype", "param_dtype"):
             require_choice(field, getattr(self, field), ("bfloat16", "float32"))
         require(

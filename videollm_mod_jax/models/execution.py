@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from videollm_mod_jax.config_dict import require, require_choice
+from videollm_mod_jax.config_dict import COUNT_OR_NONE, Checked, require, require_choice
 
 KERNELS = ("auto", "xla", "gpu", "tpu")
 """`auto` decides by the platform and the model; the others are described in `Execution`."""
@@ -20,7 +20,7 @@ _SERVED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Execution:
+class Execution(Checked):
     """Choices that change time and memory, and no result but for rounding.
 
     Attributes:
@@ -41,14 +41,12 @@ class Execution:
     scan: bool = False
     remat: bool = False
     kernels: str = "auto"
-    row_chunk: int = 0
-    vocab_chunk: int = 0
+    row_chunk: COUNT_OR_NONE = 0
+    vocab_chunk: COUNT_OR_NONE = 0
 
     def __post_init__(self):
+        super().__post_init__()
         require_choice("kernels", self.kernels, KERNELS)
-        for field in ("row_chunk", "vocab_chunk"):
-            size = getattr(self, field)
-            require(size >= 0, f"{field} is {size}; expected 0 or more")
 
 
 def current_platform() -> str:

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+from videollm_mod_jax.config_dict import COUNT, COUNT_OR_NONE, SEED, Checked
 from videollm_mod_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StudyConfig:
+class StudyConfig(Checked):
     """How often everything is run, and what is measured apart.
 
     Attributes:
@@ -20,19 +21,13 @@ class StudyConfig:
       stream_frames: what the timed streams have seen.
     """
 
-    pretraining_steps: int
-    seeds: tuple[int, ...]
-    rounds: int
-    warmup: int
-    stream_frames: int
+    pretraining_steps: COUNT_OR_NONE
+    seeds: tuple[SEED, ...]
+    rounds: COUNT
+    warmup: COUNT
+    stream_frames: COUNT
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"study.seeds is {self.seeds}; expected different seeds, at least one")
-        if self.pretraining_steps < 0:
-            raise UserError(
-                f"study.pretraining_steps is {self.pretraining_steps}; expected 0 or more"
-            )
-        for field in ("rounds", "warmup", "stream_frames"):
-            if getattr(self, field) < 1:
-                raise UserError(f"study.{field} is {getattr(self, field)}; expected 1 or more")

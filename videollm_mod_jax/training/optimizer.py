@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import optax
 
+from videollm_mod_jax.config_dict import Checked, Interval, require_choice
 from videollm_mod_jax.errors import UserError
 
 Variables = Mapping[str, Any]
@@ -14,14 +15,17 @@ Variables = Mapping[str, Any]
 TRAINABLE = ("lora", "full")
 MOMENT_DTYPES = ("float32", "bfloat16")
 
+# Adam divides by 1 - beta, which float32 rounds to 0 for what is closer to 1.
+_BETA = Annotated[float, Interval("[0, 0.999999]")]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """The optimizer, every number stated.
 
     Attributes:
       learning_rate: its peak, reached after the warm-up; from there a cosine falls to 0.
-      warmup_fraction: share of all steps over which the rate rises linearly from 0, in [0, 1).
+      warmup_fraction: share of all steps over which the rate rises linearly from 0.
       beta1, beta2, epsilon: of Adam.
       weight_decay: decoupled; acts on matrices only, never on biases and norm scales.
       clip_norm: largest global norm of the gradient; larger ones are scaled down to it.
@@ -30,28 +34,18 @@ class OptimizerConfig:
         than that an update, so that it would never move towards a smaller gradient.
     """
 
-    learning_rate: float
-    warmup_fraction: float
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
-    clip_norm: float
+    learning_rate: Annotated[float, Interval("(0, 100]")]
+    warmup_fraction: Annotated[float, Interval("[0, 1)")]
+    beta1: _BETA
+    beta2: _BETA
+    epsilon: Annotated[float, Interval("(0, 1]")]
+    weight_decay: Annotated[float, Interval("[0, 100]")]
+    clip_norm: Annotated[float, Interval("(0, 1e12]")]
     moment_dtype: str
 
     def __post_init__(self):
-        if not 0 <= self.warmup_fraction < 1:
-            raise UserError(
-                f"optimizer.warmup_fraction is {self.warmup_fraction}; it must lie in [0, 1)"
-            )
-        for field in ("learning_rate", "epsilon", "clip_norm"):
-            if getattr(self, field) <= 0:
-                raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be positive")
-        if self.moment_dtype not in MOMENT_DTYPES:
-            raise UserError(
-                f"optimizer.moment_dtype is {self.moment_dtype!r}; choose one of "
-                f"{', '.join(MOMENT_DTYPES)}"
-            )
+        super().__post_init__()
+        require_choice("optimizer.moment_dtype", self.moment_dtype, MOMENT_DTYPES)
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

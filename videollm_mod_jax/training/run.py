@@ -3,11 +3,19 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import optax
 
+from videollm_mod_jax.config_dict import (
+    COUNT,
+    COUNT_OR_NONE,
+    SEED,
+    Checked,
+    Interval,
+    require_choice,
+)
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import (
     Execution,
@@ -19,6 +27,7 @@ from videollm_mod_jax.models import (
 )
 from videollm_mod_jax.training import checkpoint, distributed, metrics, sharding
 from videollm_mod_jax.training.optimizer import (
+    TRAINABLE,
     OptimizerConfig,
     Variables,
     learning_rate_schedule,
@@ -37,9 +46,11 @@ from videollm_mod_jax.training.step import (
 )
 from videollm_mod_jax.training.validation import ValidationBatches, validate
 
+_DEVICES = Annotated[int, Interval("[-1, 2**20]")]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Checked):
     """How to train, every number stated.
 
     Attributes:
@@ -64,36 +75,28 @@ class TrainingConfig:
       optimizer: AdamW and its schedule.
     """
 
-    steps: int
-    seed: int
+    steps: COUNT
+    seed: SEED
     trainable: str
-    stream_weight: float
-    microbatches: int
+    stream_weight: Annotated[float, Interval("[0, 1e6]")]
+    microbatches: Annotated[int, Interval("[1, 2**20]")]
     scan: bool
     remat: bool
     kernels: str
-    row_chunk: int
-    vocab_chunk: int
+    row_chunk: COUNT_OR_NONE
+    vocab_chunk: COUNT_OR_NONE
     sharding: str
-    mesh: tuple[int, int, int]
-    log_every: int
-    checkpoint_every: int
-    validate_every: int
-    keep_checkpoints: int
-    keep_best: int
+    mesh: tuple[_DEVICES, _DEVICES, _DEVICES]
+    log_every: COUNT
+    checkpoint_every: COUNT
+    validate_every: COUNT_OR_NONE
+    keep_checkpoints: COUNT
+    keep_best: COUNT_OR_NONE
     optimizer: OptimizerConfig
 
     def __post_init__(self):
-        for field in ("steps", "microbatches", "log_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, field) < 1:
-                raise UserError(
-                    f"training.{field} is {getattr(self, field)}; it must be at least 1"
-                )
-        for field in ("validate_every", "keep_best"):
-            if getattr(self, field) < 0:
-                raise UserError(
-                    f"training.{field} is {getattr(self, field)}; it must be at least 0"
-                )
+        super().__post_init__()
+        require_choice("training.trainable", self.trainable, TRAINABLE)
         shorter, longer = sorted((self.validate_every, self.checkpoint_every))
         if shorter and longer % shorter:
             raise UserError(

@@ -8,7 +8,7 @@ frame shows has to be read from its spatial tokens. Only scans of the training s
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from rich import progress
 
+from videollm_mod_jax.config_dict import COUNT, SEED, Checked, Interval
 from videollm_mod_jax.data import digit_scenes, digits
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.config import VisionConfig
@@ -35,32 +36,23 @@ _WEIGHT_DECAY = 0.3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TowerConfig:
+class TowerConfig(Checked):
     """How to pretrain the tower.
 
     Attributes:
       steps: updates.
       batch_size: frames per update.
       learning_rate: peak of the cosine, after a warm-up over a fifteenth of the steps.
-      summary_weight: of the loss at the CLS token, beside the loss of the spatial tokens.
+      summary_weight: of the loss at the CLS token, next to that of the spatial tokens; 0 leaves it
+        untrained.
       seed: of the initial weights, the frames and their disturbance.
     """
 
-    steps: int
-    batch_size: int
-    learning_rate: float
-    summary_weight: float
-    seed: int
-
-    def __post_init__(self):
-        for field in ("steps", "batch_size"):
-            if getattr(self, field) < 1:
-                raise UserError(f"tower.{field} is {getattr(self, field)}; it must be at least 1")
-        if self.summary_weight < 0:
-            raise UserError(
-                f"tower.summary_weight is {self.summary_weight}; expected 0 or more, where 0 "
-                "leaves the CLS token untrained"
-            )
+    steps: COUNT
+    batch_size: Annotated[int, Interval("[1, 2**20]")]
+    learning_rate: Annotated[float, Interval("(0, 100]")]
+    summary_weight: Annotated[float, Interval("[0, 1e6]")]
+    seed: SEED
 
 
 @dataclasses.dataclass(frozen=True)
