@@ -180,8 +180,13 @@ def test_what_a_run_trains_loads_without_what_it_does_not(tmp_path, model_direct
 def test_damaged_metrics_name_their_checkpoint(tmp_path):
     write_checkpoints(tmp_path, {4: 0.5, 8: 0.7}, keep=2)
     (tmp_path / "checkpoints" / "4" / "metrics" / "metrics").write_text("")
-    with pytest.raises(UserError, match=r"checkpoints/4 cannot be read and .* delete this"):
-        load_model(tmp_path)
+    message = r"checkpoints/4/metrics/metrics is damaged: .* delete .*/checkpoints/4 to go on"
+    with pytest.raises(UserError, match=message):
+        Checkpointer(tmp_path, keep=2)
+    with pytest.raises(UserError, match=message):
+        checkpoint.best_step(tmp_path)
+    # What needs no metrics reads none.
+    load_model(tmp_path)
 
 
 def test_arrays_load_in_the_dtype_of_the_model(copy):
@@ -227,14 +232,17 @@ def test_missing_weights_are_refused(copy):
         load_model(copy)
 
 
-@pytest.mark.parametrize("pattern", ["**/*", "**/_METADATA", "**/d/*"])
+@pytest.mark.parametrize("pattern", ["**/[!c]*", "**/_METADATA", "**/d/*"])
 def test_damaged_weights_are_refused(copy, pattern):
     files = [path for path in (copy / "weights").glob(pattern) if path.is_file()]
     assert files
     for path in files:
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="weights cannot be read and is probably damaged"):
+    message = r"weights/.* is damaged: it has 0 bytes where \d+ were written; restore it"
+    with pytest.raises(UserError, match=message):
         load_model(copy)
+    with pytest.raises(UserError, match=r"weights is damaged: .* cannot be read"):
+        load_model(copy, verify=False)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
@@ -246,7 +254,9 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     target, _ = sharding.abstract_training(VideoLLM(CONFIG), OPTIMIZER, "lora", layout)
     with (
         Checkpointer(tmp_path, keep=2) as checkpointer,
-        pytest.raises(UserError, match="4 cannot be read and is probably damaged"),
+        pytest.raises(
+            UserError, match=r"4/optimizer/.* is damaged: .* delete .*/checkpoints/4 to go"
+        ),
     ):
         checkpointer.restore(4, target)
 

@@ -324,7 +324,7 @@ def test_damaged_weights_are_named(tmp_path):
     model = bring_in(make_source(tmp_path / "source", "siglip"), tmp_path / "model")
     for file in (model / "weights").rglob("d/*"):
         file.write_bytes(b"")
-    with pytest.raises(UserError, match="weights cannot be read and is probably damaged"):
+    with pytest.raises(UserError, match=r"weights/.* is damaged: it has 0 bytes"):
         send_out(model, tmp_path / "back")
     shutil.rmtree(model / "weights")
     with pytest.raises(UserError, match="weights is missing"):

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
@@ -79,6 +79,16 @@ def add_step_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_verify_argument(add: Callable[..., Any]) -> None:
+    """Adds, by a parser's `add_argument`, the flag that skips the checksums of weights."""
+    add(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="do not compare the stored weights with their checksums: damage goes unnoticed",
+    )
+
+
 def add_int8_argument(parser: argparse.ArgumentParser) -> None:
     """Adds the flag that rounds the decoder's weights."""
     parser.add_argument(
@@ -118,14 +128,15 @@ def _end(status: int, message: str) -> int:
     return status
 
 
-def run_with_config(run: Callable[[ml_collections.ConfigDict, str, int], None]) -> None:
+def run_with_config(run: Callable[..., None]) -> None:
     """The main of a module that takes `--config FILE`, overrides of its keys, and `--workdir DIR`.
 
     Exits with status 2 and one line for a missing file, an unknown key or a value of a wrong type.
 
     Args:
       run: called with the overridden config, the working directory, and how many updates to
-        profile; several processes have been joined before.
+        profile, and with `verify`, whether to compare the weights to start from with their
+        checksums; several processes have been joined before.
     """
     config = config_flags.DEFINE_config_file(
         "config",
@@ -138,6 +149,9 @@ def run_with_config(run: Callable[[ml_collections.ConfigDict, str, int], None]) 
     )
     profile = flags.DEFINE_integer(
         "profile", 0, "Trace this many updates into WORKDIR/profile.", lower_bound=0
+    )
+    no_verify = flags.DEFINE_bool(
+        "no-verify", False, "Do not compare the weights of --config.init with their checksums."
     )
     joined = [
         (flags.DEFINE_integer if kind is int else flags.DEFINE_string)(name, None, text)
@@ -168,7 +182,7 @@ def run_with_config(run: Callable[[ml_collections.ConfigDict, str, int], None]) 
 
         def joined_run() -> None:
             distributed.initialize(*(flag.value for flag in joined))
-            run(config.value, workdir.value, profile.value)
+            run(config.value, workdir.value, profile.value, verify=not no_verify.value)
 
         sys.exit(report_user_errors(joined_run, resumable))
 

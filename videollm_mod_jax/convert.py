@@ -107,6 +107,7 @@ def _to_hf(arguments: argparse.Namespace, console: rich.console.Console) -> None
         drop_routers=arguments.drop_routers,
         shard_bytes=int(arguments.shard_gb * 1e9),
         overwrite=arguments.overwrite,
+        verify=arguments.verify,
         console=console,
     )
     for directory in made:
@@ -267,6 +268,7 @@ def _add_to_hf(commands) -> None:
     add("--shard-gb", type=float, default=4.0, metavar="GB", help="largest file, in 10^9 bytes; by "
         "default %(default)s")  # fmt: skip
     add("--overwrite", action="store_true", help="replace the exported model in DST")
+    cli.add_verify_argument(add)
 
 
 def _add_verify(commands) -> None:

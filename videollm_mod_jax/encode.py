@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.dataset is not None and flags.split is None:
             raise UserError("--dataset needs --split, such as train")
         cli.join_processes(flags)
-        tower = load_tower(flags.checkpoint)
+        tower = load_tower(flags.checkpoint, verify=flags.verify)
         config = read_model_config(Path(flags.checkpoint))
         if flags.dataset is not None:
             data_dir = Path(flags.data_dir or Path(flags.checkpoint) / "data")
@@ -289,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="directory of the model")
+    cli.add_verify_argument(add)
     add("--out", required=True, metavar="DIR", help="directory of the features")
     what = parser.add_mutually_exclusive_group(required=True)
     endings = " ".join(sorted(VIDEOS | IMAGES))

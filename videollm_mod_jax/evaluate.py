@@ -74,6 +74,7 @@ def evaluate(
     out: str | Path | None = None,
     force: bool = False,
     int8: bool = False,
+    verify: bool = True,
 ) -> reporting.Report:
     """Evaluates a model, or what is left of that.
 
@@ -90,6 +91,7 @@ def evaluate(
       out: directory of the results; None is DIR/evaluation, or DIR/evaluation/SPLIT with `split`.
       force: evaluate on videos that the model was trained on, and say so in the report.
       int8: round the decoder's weights to 8 bits before.
+      verify: whether to compare the stored weights with their checksums.
 
     Returns:
       What `report.json` holds.
@@ -101,7 +103,8 @@ def evaluate(
     check_threshold(silence_threshold)
     directory = Path(checkpoint)
     # Whole, on the devices of this process; each holds a part of the weights.
-    model = load_model(directory, distributed.own_layout("fsdp", (1, -1, 1)), step=step)
+    layout = distributed.own_layout("fsdp", (1, -1, 1))
+    model = load_model(directory, layout, step=step, verify=verify)
     described = reporting.describe_model(model.config)
     if int8:
         described["name"] += ", int8"
@@ -241,6 +244,7 @@ def _main(arguments: argparse.Namespace, overrides: list[str]) -> None:
         split=arguments.split,
         batch_size=arguments.batch_size,
         step=cli.chosen_step(arguments.checkpoint, arguments.step),
+        verify=arguments.verify,
         silence_threshold=arguments.silence_threshold,
         self_conditioned=arguments.self_conditioned,
         judge=_judge(arguments),
@@ -278,6 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="directory of a training run or a model")
     cli.add_step_argument(parser)
+    cli.add_verify_argument(add)
     add(
         "--config",
         metavar="FILE",

@@ -179,7 +179,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if questions:
         _check_questions(questions, arguments.video, arguments.fps)
     step = cli.chosen_step(arguments.checkpoint, arguments.step)
-    model = load_model(arguments.checkpoint, step=step)
+    model = load_model(arguments.checkpoint, step=step, verify=arguments.verify)
     if arguments.show_routing is not None:
         routed_layers(model.config)
     if arguments.int8:
@@ -282,6 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, metavar="DIR", help="what train or convert wrote")
     cli.add_step_argument(parser)
     cli.add_int8_argument(parser)
+    cli.add_verify_argument(add)
     add("--video", required=True, metavar="FILE", help="any file or URL that FFmpeg reads")
     add("--fps", type=float, default=2.0, help="frames per second that the model sees; take the "
         "rate of its training")  # fmt: skip

@@ -64,13 +64,21 @@ _CUT_SAMPLE = 256
 Report = dict[str, dict[str, float]]
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path, profile_steps: int = 0) -> Report:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str | Path,
+    profile_steps: int = 0,
+    *,
+    verify: bool = True,
+) -> Report:
     """Runs an experiment in `workdir`, or what is left of it.
 
     Args:
       config: the table of a file in `configs/`.
       workdir: of the run; holds the model, the logs, the data and the evaluation afterwards.
       profile_steps: how many updates to trace.
+      verify: whether to compare the weights to start from with their checksums; what the run itself
+        has written is always compared.
 
     Returns:
       The streaming metrics by name, `before` and `after` training, as in `evaluation.json`.
@@ -93,7 +101,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, profile_steps:
     console.rule("Data")
     with distributed.lead_first("dataset"):
         sources = Sources(experiment.data, workdir)
-    start = _Start.prepare(experiment, sources, workdir, console)
+    start = _Start.prepare(experiment, sources, workdir, console, verify)
     model, tokenizer, tower = start.model, start.tokenizer, start.tower
     _remember_data(sources, workdir)
     tower_name = fingerprint(model, tower)
@@ -212,6 +220,7 @@ class _Start:
       tokenizer: of the run.
       tower: parameters of the vision tower, in the host's memory.
       seed: of what is initialised.
+      verify: whether to compare what is stored in `init` with its checksums.
     """
 
     init: Path | None
@@ -219,10 +228,16 @@ class _Start:
     tokenizer: Tokenizer
     tower: Mapping[str, Any]
     seed: int
+    verify: bool
 
     @classmethod
     def prepare(
-        cls, experiment: Experiment, sources: Sources, workdir: Path, console: Console
+        cls,
+        experiment: Experiment,
+        sources: Sources,
+        workdir: Path,
+        console: Console,
+        verify: bool,
     ) -> "_Start":
         seed = experiment.training.seed
         if not experiment.init:
@@ -230,7 +245,7 @@ class _Start:
             decoder = dataclasses.replace(experiment.model.decoder, vocab_size=tokenizer.vocab_size)
             model = dataclasses.replace(experiment.model, decoder=decoder)
             tower = tower_of(model, experiment, workdir / TOWER, console)
-            return cls(None, model, tokenizer, tower, seed)
+            return cls(None, model, tokenizer, tower, seed, verify)
         init, model = Path(experiment.init), experiment.model
         tokenizer = Tokenizer.load(experiment.data.tokenizer or init)
         if tokenizer.vocab_size > model.decoder.vocab_size:
@@ -240,14 +255,14 @@ class _Start:
             )
         if distributed.is_lead():
             carry_manifest(init, workdir)
-        tower = jax.device_get(checkpoint.load_tower(init))
-        return cls(init, model, tokenizer, tower, seed)
+        tower = jax.device_get(checkpoint.load_tower(init, verify=verify))
+        return cls(init, model, tokenizer, tower, seed, verify)
 
     def variables(self, layout: Layout) -> Mapping[str, Any]:
         """All variables before the first update."""
         key = jax.random.key(self.seed)
         if self.init:
-            return variables_from(self.init, self.model, key, layout)
+            return variables_from(self.init, self.model, key, layout, verify=self.verify)
         variables = init_sharded(VideoLLM(self.model), key, layout)
         return variables | {"params": variables["params"] | {"vision": self.tower}}
 

@@ -63,6 +63,7 @@ def export_model(
     shard_bytes: int,
     overwrite: bool,
     console: rich.console.Console,
+    verify: bool = True,
 ) -> tuple[Path, ...]:
     """Writes the directories that a model came from, or those that transformers would make of it.
 
@@ -80,6 +81,7 @@ def export_model(
       shard_bytes: largest file; a larger tensor has a file to itself.
       overwrite: replace what an earlier export wrote.
       console: gets the progress bar.
+      verify: whether to compare the stored variables with their checksums before.
 
     Returns:
       the directories that were written.
@@ -88,7 +90,7 @@ def export_model(
       UserError: the model cannot be written as asked, the destination exists or the disk is full.
     """
     output.check_free(destination, overwrite, "**/*.safetensors")
-    model = StoredModel(directory)
+    model = StoredModel(directory, verify=verify)
     pieces = _pieces(model, None if family else read_manifest(directory), family, merge)
     _check_complete(model, pieces, part, merge, drop_routers)
     chosen = [piece for piece in pieces if part in (None, piece.role)]

@@ -35,6 +35,7 @@ from videollm_mod_jax.conversion.plan import Conversion
 from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.training import integrity
 from videollm_mod_jax.training.checkpoint import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -149,6 +150,7 @@ def _take_weights(checkpoint: Path, model: Path) -> None:
     metadata = "_CHECKPOINT_METADATA"
     if (checkpoint / metadata).exists():
         os.rename(checkpoint / metadata, checkpoint / "state" / metadata)
+    integrity.record(checkpoint / "state")
     os.rename(checkpoint / "state", model / WEIGHTS)
 
 

@@ -9,7 +9,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM
-from videollm_mod_jax.training.checkpoint import read_model_config, stored_parts
+from videollm_mod_jax.training.checkpoint import (
+    read_model_config,
+    stored_parts,
+    stored_tree,
+    verify_part,
+)
+from videollm_mod_jax.training.checkpointer import reading
 from videollm_mod_jax.training.sharding import abstract_variables
 
 
@@ -22,17 +28,24 @@ class StoredModel:
       shapes: by path, shape and dtype of every variable.
     """
 
-    def __init__(self, directory: Path):
-        """Opens a model; nothing but metadata is read.
+    def __init__(self, directory: Path, *, verify: bool = False):
+        """Opens a model; without `verify`, nothing but metadata is read.
+
+        Args:
+          directory: of the model.
+          verify: whether to compare all files of its variables with their checksums.
 
         Raises:
-          UserError: there is none, or its weights are not those that `model.json` describes.
+          UserError: there is none, it is damaged, or its weights are not those that `model.json`
+            describes.
         """
         self.directory = directory
         self.config = read_model_config(directory)
         self.shapes = flatten_dict(abstract_variables(VideoLLM(self.config), None), sep="/")
         self._places: dict[str, Path] = {}
         for part in stored_parts(directory):
+            if verify:
+                verify_part(part)
             for path, shape in _stored_shapes(part).items():
                 if path in self.shapes and shape == self.shapes[path].shape:
                     self._places[path] = part
@@ -55,26 +68,12 @@ class StoredModel:
         args = ocp.args.PyTreeRestore(
             wanted, restore_args=jax.tree.map(lambda _: how, wanted), partial_restore=True
         )
-        try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                restored = checkpointer.restore(self._places[path].absolute(), args=args)
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(
-                f"{self._places[path]} cannot be read and is probably damaged "
-                f"({type(error).__name__}); restore it from a copy, or convert or train again"
-            ) from error
+        part = self._places[path]
+        with reading(part), ocp.PyTreeCheckpointer() as checkpointer:
+            restored = checkpointer.restore(part.absolute(), args=args)
         return flatten_dict(restored, sep="/")[path]
 
 
 def _stored_shapes(part: Path) -> dict[str, tuple[int, ...]]:
-    if not part.is_dir():
-        raise UserError(f"{part} is missing; the model is incomplete: convert or train it again")
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(part.absolute()).item_metadata.tree
-    except (AttributeError, ValueError, KeyError, OSError) as error:
-        raise UserError(
-            f"{part} cannot be read and is probably damaged ({type(error).__name__}); restore it "
-            "from a copy, or convert or train again"
-        ) from error
+    tree = stored_tree(part)
     return {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}

@@ -13,15 +13,16 @@
 
 Layers lie on disk one by one (`decoder/layer_0`, ...), whatever layer plan, mesh or number of
 processes wrote them, and are stacked again on the way in. Everything but json goes through Orbax,
-which writes aside and renames, so a killed process leaves no half-written checkpoint.
+which writes aside and renames, so a killed process leaves no half-written checkpoint. What has its
+name is on the disk and has checksums, which are compared before anything is read: `integrity.py`.
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -31,7 +32,16 @@ from videollm_mod_jax.data.files import read_json, read_json_object
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM, VideoLLMConfig, full_computation
-from videollm_mod_jax.training.checkpointer import CHECKPOINTS, Checkpointer, damaged
+from videollm_mod_jax.training import integrity
+from videollm_mod_jax.training.checkpointer import (
+    CHECKPOINTS,
+    Checkpointer,
+    best_step,
+    check_step,
+    checkpoint_steps,
+    reading,
+    remedy,
+)
 from videollm_mod_jax.training.optimizer import Variables, merge_variables
 from videollm_mod_jax.training.sharding import Layout, abstract_variables
 
@@ -41,6 +51,13 @@ CONFIG_FILE = "config.json"
 MANIFEST_FILE = "conversion.json"
 COMPANIONS = "conversion"
 WEIGHTS = "weights"
+
+__all__ = ["Checkpointer", "best_step", "checkpoint_steps"]
+
+_LARGEST_METADATA = 32 * 2**20
+"""Bytes of Orbax's table of arrays, which has some 300 for each."""
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,17 +104,22 @@ def save_model(
 
 
 def load_model(
-    directory: str | os.PathLike[str], layout: Layout | None = None, *, step: int | None = None
+    directory: str | os.PathLike[str],
+    layout: Layout | None = None,
+    *,
+    step: int | None = None,
+    verify: bool = True,
 ) -> LoadedModel:
     """Loads a model from the directory of a training run or of `save_model`.
 
     Arrays have the dtype that `model.json` says.
 
     Args:
-      directory: of the model.
+      directory: of the model; a run may be going on in it.
       layout: how to lay the variables on a mesh; None puts them on the first device.
       step: the checkpoint of a run whose trained variables to take, such as `best_step(directory)`;
         None takes the newest.
+      verify: whether to compare the files with their checksums before.
 
     Raises:
       UserError: the directory is missing, holds no model or no such checkpoint, is damaged, or its
@@ -108,13 +130,37 @@ def load_model(
     tokenizer = Tokenizer.load(directory) if config.decoder else None
     system = read_json(directory / DIALOGUE_FILE)["system"]
     expected = abstract_variables(VideoLLM(config), layout)
-    parts = stored_parts(directory, step)
-    stored = [_stored_tree(part) for part in parts]
-    _check_same(directory, expected, stored)
-    loaded: Variables = {}
-    for part, tree in zip(parts, stored, strict=True):
-        loaded = merge_variables(loaded, _restore(part, _like(tree, expected)))
-    return LoadedModel(config, loaded, tokenizer, system)
+
+    def read(parts: list[Path]) -> Variables:
+        stored = [_stored_tree(part, verify) for part in parts]
+        _check_same(directory, expected, stored)
+        loaded: Variables = {}
+        for part, tree in zip(parts, stored, strict=True):
+            loaded = merge_variables(loaded, _restore(part, _like(tree, expected)))
+        return loaded
+
+    return LoadedModel(config, read_parts(directory, step, read), tokenizer, system)
+
+
+def read_parts(directory: Path, step: int | None, read: Callable[[list[Path]], _T]) -> _T:
+    """Reads from `stored_parts`, again if a run has deleted its checkpoint in the meantime.
+
+    Args:
+      directory: of the model.
+      step: which checkpoint of a run; None takes the newest.
+      read: is given the parts.
+
+    Raises:
+      UserError: see `stored_parts` and `read`; without a newer checkpoint, it is no accident.
+    """
+    while True:
+        parts = stored_parts(directory, step)
+        try:
+            return read(parts)
+        except UserError:
+            # A run deletes no checkpoint before there is a newer one, so this comes to an end.
+            if stored_parts(directory, step) == parts:
+                raise
 
 
 def stored_parts(directory: Path, step: int | None = None) -> list[Path]:
@@ -142,33 +188,25 @@ def stored_parts(directory: Path, step: int | None = None) -> list[Path]:
     return [weights] if step is None else [weights, directory / CHECKPOINTS / str(step) / "trained"]
 
 
-def checkpoint_steps(directory: Path) -> list[int]:
-    """The updates whose complete checkpoints a model's directory holds, in order."""
-    if not (directory / CHECKPOINTS).exists():
-        return []
-    with Checkpointer(directory, keep=None) as checkpointer:
-        return checkpointer.steps()
-
-
-def best_step(directory: str | os.PathLike[str]) -> int:
-    """The update of a run's kept checkpoint with the lowest validation loss; of equals, the newest.
+def verify_part(part: Path) -> None:
+    """Compares one of `stored_parts` with its checksums, and a checkpoint with its number.
 
     Raises:
-      UserError: no checkpoint has a validation loss.
+      UserError: it is missing or damaged; the file is named.
     """
-    directory = Path(directory)
-    if (directory / CHECKPOINTS).exists():
-        with Checkpointer(directory, keep=None) as checkpointer:
-            if (step := checkpointer.best_step()) is not None:
-                return step
-    raise UserError(
-        f"{directory} has no checkpoint with a validation loss, so that none is the best; take the "
-        "newest, or train with training.validate_every"
-    )
+    if not part.is_dir():
+        raise UserError(f"{part} is missing; the model is incomplete: train or convert it again")
+    if part.name != WEIGHTS:
+        check_step(part.parent, verify=True)
+    integrity.verify_together(part, remedy(part))
 
 
 def load_trained(
-    directory: str | os.PathLike[str], layout: Layout | None = None, *, step: int | None = None
+    directory: str | os.PathLike[str],
+    layout: Layout | None = None,
+    *,
+    step: int | None = None,
+    verify: bool = True,
 ) -> Variables:
     """Loads what a run trains, and reads nothing else of it: its frozen weights may be missing.
 
@@ -176,6 +214,7 @@ def load_trained(
       directory: of the run.
       layout: how to lay the variables on a mesh; None puts them on the first device.
       step: of the checkpoint; None takes the newest.
+      verify: whether to compare the files with their checksums before.
 
     Returns:
       The part of the variables of `VideoLLM(config)` that `split_variables` calls
@@ -187,23 +226,29 @@ def load_trained(
     """
     directory = Path(directory)
     expected = abstract_variables(VideoLLM(read_model_config(directory)), layout)
-    _, *trained = stored_parts(directory, step)
-    if not trained:
-        raise UserError(
-            f"{directory} holds no checkpoint; expected the directory of a training run that has "
-            "saved one"
-        )
-    tree = _stored_tree(trained[0])
-    target = _like(tree, expected)
-    _check_same(directory, target, [tree])
-    return _restore(trained[0], target)
+
+    def read(parts: list[Path]) -> Variables:
+        _, *trained = parts
+        if not trained:
+            raise UserError(
+                f"{directory} holds no checkpoint; expected the directory of a training run that "
+                "has saved one"
+            )
+        tree = _stored_tree(trained[0], verify)
+        target = _like(tree, expected)
+        _check_same(directory, target, [tree])
+        return _restore(trained[0], target)
+
+    return read_parts(directory, step, read)
 
 
-def load_tower(directory: str | os.PathLike[str]) -> Variables:
+def load_tower(directory: str | os.PathLike[str], *, verify: bool = True) -> Variables:
     """Loads the vision tower of a model onto the first device, and nothing else of it.
 
     Args:
       directory: of the model.
+      verify: whether to compare the files with their checksums before: all of `weights/`, since
+        what it is stored in is shared with the decoder.
 
     Returns:
       Parameters of `VisionTower(config.vision)`.
@@ -217,18 +262,15 @@ def load_tower(directory: str | os.PathLike[str]) -> Variables:
     alone = dataclasses.replace(config, decoder=None, routing=full_computation(), newline=False)
     target = abstract_variables(VideoLLM(alone), None)
     path = directory / WEIGHTS
-    stored = {"params": {"vision": _stored_tree(path)["params"].get("vision", {})}}
+    stored = {"params": {"vision": _stored_tree(path, verify)["params"].get("vision", {})}}
     _check_same(directory, target, [stored])
     args = ocp.args.PyTreeRestore(
         target,
         restore_args=ocp.checkpoint_utils.construct_restore_args(target),
         partial_restore=True,
     )
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return checkpointer.restore(path.absolute(), args=args)["params"]["vision"]
-    except (ValueError, KeyError, OSError) as error:
-        raise damaged(path, error) from error
+    with reading(path), ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(path.absolute(), args=args)["params"]["vision"]
 
 
 def write_description(
@@ -262,18 +304,23 @@ def read_model_config(directory: Path) -> VideoLLMConfig:
 
 def write_weights(directory: Path, variables: Variables) -> None:
     """Writes `weights/`, layers unstacked, replacing what is there."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(temporary_path_class=integrity.CheckedPath) as checkpointer:
         checkpointer.save((directory / WEIGHTS).absolute(), variables, force=True)
 
 
-def read_weights(directory: Path, target: Variables) -> Variables:
+def read_weights(directory: Path, target: Variables, *, verify: bool = True) -> Variables:
     """Reads `weights/` into the shapes, dtypes and shardings of `target`, layers unstacked.
+
+    Args:
+      directory: that holds it.
+      target: the tree to read.
+      verify: whether to compare the files with their checksums before.
 
     Raises:
       UserError: missing or damaged, or not the tree of `target`.
     """
     path = directory / WEIGHTS
-    _check_same(directory, target, [_stored_tree(path)])
+    _check_same(directory, target, [_stored_tree(path, verify)])
     return _restore(path, target)
 
 
@@ -283,26 +330,43 @@ def write_json(path: Path, value: Any) -> None:
         aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _stored_tree(path: Path) -> Variables:
-    """Names and shapes of what an Orbax directory holds, as a nested dict."""
-    if not path.is_dir():
-        raise UserError(f"{path} is missing; the model is incomplete: train or convert it again")
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            metadata = checkpointer.metadata(path.absolute()).item_metadata
-    except (ValueError, KeyError, OSError) as error:
-        raise damaged(path, error) from error
+def stored_tree(part: Path) -> Variables:
+    """Names and shapes of what an Orbax directory holds, as a nested dict.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    _check_metadata(part)
+    with reading(part), ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(part.absolute()).item_metadata
     if metadata is None:
-        raise damaged(path, ValueError("no metadata"))
+        # Orbax says why in its log only.
+        raise integrity.damaged(part, "its tables of arrays cannot be read", remedy(part))
     return metadata.tree
 
 
-def _restore(path: Path, target: Variables) -> Variables:
+def _stored_tree(part: Path, verify: bool) -> Variables:
+    if verify:
+        verify_part(part)
+    return stored_tree(part)
+
+
+def _check_metadata(part: Path) -> None:
+    if not part.is_dir():
+        raise UserError(f"{part} is missing; the model is incomplete: train or convert it again")
+    path = part / "_METADATA"
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path.absolute(), target)
-    except (ValueError, KeyError, OSError) as error:
-        raise damaged(path, error) from error
+        size = path.stat().st_size
+    except OSError as error:
+        raise integrity.damaged(path, f"{error.strerror}", remedy(part)) from error
+    if size > _LARGEST_METADATA:
+        what = f"it has {size} bytes; expected {_LARGEST_METADATA} at most"
+        raise integrity.damaged(path, what, remedy(part))
+
+
+def _restore(path: Path, target: Variables) -> Variables:
+    with reading(path), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path.absolute(), target)
 
 
 def _check_same(directory: Path, expected: Variables, stored: list[Variables]) -> None:

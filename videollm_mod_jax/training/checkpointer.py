@@ -1,41 +1,49 @@
 """The numbered checkpoints of a run: saved while it goes on, kept or dropped, restored exactly."""
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.training import integrity
 from videollm_mod_jax.training.state import TrainState
 
 FORMAT = 1
 CHECKPOINTS = "checkpoints"
 _VALIDATION_LOSS = "validation_loss"
+_DELETION_SECONDS = 2.0
+"""What a run may need to delete a checkpoint that it no longer keeps."""
 
 
 class Checkpointer:
-    """The `checkpoints/` of a run; a context manager, since saving is asynchronous.
+    """Saves and restores the `checkpoints/` of a run; a context manager, since saving goes on.
 
     States go in and out with their layers unstacked.
     """
 
-    def __init__(self, directory: Path, *, keep: int | None, keep_best: int = 0):
+    def __init__(self, directory: Path, *, keep: int, keep_best: int = 0):
         """Opens the checkpoints of a run.
 
         Args:
           directory: of the run.
-          keep: how many of the newest to keep, or None to open for reading only.
+          keep: how many of the newest to keep.
           keep_best: how many of those with the lowest validation loss to keep as well.
 
         Raises:
           UserError: a checkpoint is damaged.
         """
         self._path = (directory / CHECKPOINTS).absolute()
-        self._check_metrics()
+        # Orbax reads them all when it opens, and does not say which it cannot read.
+        for step in checkpoint_steps(directory):
+            _read_loss(self._path / str(step))
         newest = preservation_policy.LatestN(keep)
         best = preservation_policy.BestN(
             get_metric_fn=_validation_loss,
@@ -48,7 +56,7 @@ class Checkpointer:
             preservation_policy=preservation_policy.AnyPreservationPolicy([newest, best]),
             best_fn=_validation_loss,
             best_mode="min",
-            read_only=keep is None,
+            temporary_path_class=integrity.CheckedPath,
         )
         self._manager = ocp.CheckpointManager(self._path, options=options)
 
@@ -62,15 +70,6 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The newest complete checkpoint; None when there is none."""
         return self._manager.latest_step()
-
-    def steps(self) -> list[int]:
-        """The updates whose complete checkpoints are there, in order."""
-        return sorted(self._manager.all_steps())
-
-    def best_step(self) -> int | None:
-        """The kept checkpoint with the lowest validation loss; None when none has one."""
-        step = self._manager.best_step()
-        return step if step is not None and self._manager.metrics(step) else None
 
     def save(self, step: int, state: TrainState, validation_loss: float | None = None) -> None:
         """Starts saving the state after update `step`; returns when it may be donated.
@@ -100,39 +99,135 @@ class Checkpointer:
           UserError: the checkpoint is damaged, of another format, or not the state of `target`.
         """
         path = self._path / str(step)
+        check_step(path, verify=True)
+        for item in ("trained", "optimizer"):
+            integrity.verify_together(path / item, remedy(path))
         args = {
             "trained": ocp.args.StandardRestore(target.trained),
             "optimizer": ocp.args.StandardRestore(
                 {"opt_state": target.opt_state, "rng": target.rng}
             ),
-            "meta": ocp.args.JsonRestore(),
         }
-        try:
+        with reading(path):
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        except (ValueError, KeyError, OSError) as error:
-            raise damaged(path, error) from error
-        if restored.meta.get("format") != FORMAT or restored.meta.get("step") != step:
-            raise UserError(
-                f"{path}/meta is {restored.meta}; expected format {FORMAT} and step {step}; it "
-                "was written by another version: load it with that version"
-            )
         return target.replace(
             step=jax.numpy.asarray(step, jax.numpy.int32),
             trained=restored.trained,
             **restored.optimizer,
         )
 
-    def _check_metrics(self) -> None:
-        # Orbax reads them all when it opens, and does not say which it cannot read.
-        for path in self._path.glob("*/metrics/metrics"):
-            if path.parts[-3].isdigit():
-                try:
-                    json.loads(path.read_text(encoding="utf-8"))
-                except FileNotFoundError:
-                    # The run that goes on here has just deleted this checkpoint.
-                    continue
-                except (ValueError, OSError) as error:
-                    raise damaged(path.parents[1], error) from error
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """The updates whose complete checkpoints a model's directory holds, in order.
+
+    Raises:
+      UserError: `checkpoints` is no directory, or cannot be read.
+    """
+    path = directory / CHECKPOINTS
+    try:
+        # As Orbax has it; other names are no checkpoints: those that are being written, say.
+        names = [entry.name for entry in path.iterdir() if entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; expected the directory of a run's "
+            "checkpoints"
+        ) from error
+    numbers = [name for name in names if name.isascii() and name.isdecimal()]
+    return sorted(int(name) for name in numbers if len(name) < 19 and name == str(int(name)))
+
+
+def best_step(directory: str | Path) -> int:
+    """The update of a run's kept checkpoint with the lowest validation loss; of equals, the newest.
+
+    Raises:
+      UserError: no checkpoint has a validation loss, or one is damaged.
+    """
+    directory = Path(directory)
+    losses = {}
+    for step in checkpoint_steps(directory):
+        try:
+            losses[step] = _read_loss(directory / CHECKPOINTS / str(step))
+        except UserError:
+            # Perhaps the run that goes on here is just deleting it.
+            time.sleep(_DELETION_SECONDS)
+            if step in checkpoint_steps(directory):
+                raise
+    best = min(losses, key=lambda step: (losses[step], -step), default=None)
+    if best is None or losses[best] == math.inf:
+        raise UserError(
+            f"{directory} has no checkpoint with a validation loss, so that none is the best; take "
+            "the newest, or train with training.validate_every"
+        )
+    return best
+
+
+def check_step(path: Path, *, verify: bool) -> None:
+    """Checks that a checkpoint is of the update and of the format that it should be.
+
+    Args:
+      path: of the checkpoint.
+      verify: whether to compare its small files, and the checksums of its parts, with theirs.
+
+    Raises:
+      UserError: it is not, or is damaged.
+    """
+    if verify:
+        integrity.verify(path, remedy(path))
+        integrity.verify(path / "meta", remedy(path))
+    expected = {"format": FORMAT, "step": int(path.name)}
+    meta = _read_json(path / "meta" / "metadata")
+    if not isinstance(meta, dict) or {key: meta.get(key) for key in expected} != expected:
+        raise UserError(
+            f"{path}/meta is {str(meta)[:200]}; expected format {FORMAT} and step {path.name}; "
+            "it was renamed, or written by another version: load it with that version"
+        )
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what Orbax raises for the files of a directory into one line that names it.
+
+    Raises:
+      UserError: Orbax cannot read it.
+    """
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        # The device is full: nothing is wrong with the files.
+        raise
+    except Exception as error:
+        # Of every type, bare `Exception` too, and all about files that anyone may have written.
+        first_line = str(error).strip().partition("\n")[0][:300]
+        what = f"it cannot be read ({type(error).__name__}: {first_line})"
+        raise integrity.damaged(path, what, remedy(path)) from error
+
+
+def remedy(path: Path) -> str:
+    """What to do about a damaged directory of Orbax: a checkpoint, or a part of it, or weights.
+
+    ```
+    run/checkpoints/400, run/checkpoints/400/trained     delete run/checkpoints/400 to go on ...
+    run/weights                                          train or convert the model again
+    ```
+    """
+    for step in (path, path.parent):
+        if step.parent.name == CHECKPOINTS and step.name.isdecimal():
+            return f"delete {step} to go on from the checkpoint before it"
+    return "train or convert the model again"
+
+
+def _read_loss(path: Path) -> float:
+    """What ranks a checkpoint, from its metrics, which are always verified: they are tiny."""
+    if not (path / "metrics").is_dir():
+        return math.inf
+    integrity.verify(path / "metrics", remedy(path))
+    metrics = _read_json(path / "metrics" / "metrics")
+    loss = metrics.get(_VALIDATION_LOSS, math.inf) if isinstance(metrics, dict) else None
+    if not isinstance(loss, (int, float)):
+        raise integrity.damaged(path / "metrics" / "metrics", "it holds no metrics", remedy(path))
+    return loss
 
 
 def _validation_loss(metrics: Mapping[str, float]) -> float:
@@ -140,13 +235,10 @@ def _validation_loss(metrics: Mapping[str, float]) -> float:
     return metrics.get(_VALIDATION_LOSS, math.inf)
 
 
-def damaged(path: Path, error: Exception) -> UserError:
-    """The error of an Orbax directory that cannot be read: says what to do."""
-    first_line = str(error).strip().partition("\n")[0]
-    remedy = "train or convert the model again"
-    if CHECKPOINTS in path.parts:
-        remedy = "delete this checkpoint to go on from the one before it"
-    return UserError(
-        f"{path} cannot be read and is probably damaged ({type(error).__name__}: {first_line}); "
-        f"restore it from a copy, or {remedy}"
-    )
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise integrity.damaged(path, "it is not json", remedy(path.parents[1])) from error

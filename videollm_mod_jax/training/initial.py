@@ -25,7 +25,12 @@ _MUST_AGREE = ("decoder", "vision", "newline")
 
 
 def variables_from(
-    directory: Path, config: VideoLLMConfig, key: jax.Array, layout: Layout | None
+    directory: Path,
+    config: VideoLLMConfig,
+    key: jax.Array,
+    layout: Layout | None,
+    *,
+    verify: bool = True,
 ) -> Variables:
     """The variables of a model directory for a model that may route or adapt differently.
 
@@ -37,6 +42,7 @@ def variables_from(
       config: of the model to start.
       key: of what is initialised.
       layout: on a mesh, or None.
+      verify: whether to compare the stored variables with their checksums.
 
     Returns:
       The variables of `VideoLLM(config)`, in its dtypes.
@@ -46,7 +52,7 @@ def variables_from(
         another kind.
     """
     check_start(directory, config)
-    loaded = flatten_dict(load_model(directory, layout).variables, sep="/")
+    loaded = flatten_dict(load_model(directory, layout, verify=verify).variables, sep="/")
     wanted = flatten_dict(abstract_variables(VideoLLM(config), layout), sep="/")
     missing = [path for path in wanted if path not in loaded]
     fresh = init_part(VideoLLM(config), key, wanted, missing)
