@@ -80,6 +80,12 @@ def restore(workdir: Path) -> None:
         print(digest(variables))
 
 
+def load(workdir: Path) -> None:
+    """Loads the model in every process, which hash a share of its files each."""
+    layout = distributed.own_layout("fsdp", (1, -1, 1))
+    print(digest(checkpoint.load_model(workdir, layout).variables))
+
+
 def fail(workdir: Path) -> None:
     """The second process finds a mistake while the first waits for it."""
     if jax.process_index() == 1:
@@ -110,6 +116,7 @@ TASKS = {
     "train": train,
     "interrupted": lambda workdir: train(workdir, waits=True),
     "restore": restore,
+    "load": load,
     "fail": fail,
     "gather": gather,
 }

@@ -2,8 +2,8 @@
 
     python -m tests.save_loop WORKDIR
 
-Every line of its input starts a child that resumes from the newest checkpoint, which must hold the
-very state of its step, and goes on; the child is killed by whoever reads its output.
+Every line of its input starts a child that verifies all checkpoints, resumes from the newest, which
+must hold the very state of its step, and goes on; the child is killed by whoever reads its output.
 """
 
 import os
@@ -14,7 +14,9 @@ import jax
 import numpy as np
 
 from tests.killed import say
+from videollm_mod_jax.training import integrity
 from videollm_mod_jax.training.checkpoint import Checkpointer
+from videollm_mod_jax.training.checkpointer import CHECKPOINTS, checkpoint_steps
 from videollm_mod_jax.training.state import TrainState
 
 INTERVAL = 5
@@ -33,6 +35,10 @@ def state_of(step: int) -> TrainState:
 def main(workdir: Path) -> None:
     """Resumes, checks, and saves every `INTERVAL` steps."""
     with Checkpointer(workdir, keep=2) as checkpointer:
+        for kept in checkpoint_steps(workdir):
+            # A checkpoint that has its name is complete, whenever the kill came.
+            for path in (workdir / CHECKPOINTS / str(kept)).rglob(integrity.CHECKSUMS):
+                integrity.verify(path.parent, "nothing")
         step = checkpointer.latest_step() or 0
         if step:
             restored = checkpointer.restore(step, state_of(0))

@@ -16,7 +16,7 @@ from tests.distributed_worker import BATCH_SIZE, STEPS, VALIDATION
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM
 from videollm_mod_jax.training import distributed, metrics
-from videollm_mod_jax.training.checkpoint import load_model
+from videollm_mod_jax.training.checkpoint import load_model, save_model
 from videollm_mod_jax.training.step import BATCH_KEYS, make_validation_step
 
 ROOT = Path(__file__).parents[1]
@@ -119,6 +119,21 @@ def test_a_run_of_two_processes_survives_kills_and_restores_anywhere(tmp_path, c
     ((status, out, error),) = Job("restore", run, cache, processes=1).end()
     assert status == 0, error
     assert digests([(0, out, "")]) == [digests(whole)[0]] * 3
+
+
+def test_processes_share_the_hashing_and_all_refuse_what_one_finds_damaged(tmp_path, cache):
+    config = tiny_training.model_config(rank=2)
+    save_model(tmp_path, config, tiny_training.variables(config), tiny_training.TOKENIZER, "watch")
+    whole = Job("load", tmp_path, cache).end()
+    assert [status for status, _, _ in whole] == [0, 0], whole
+    assert len(set(digests(whole))) == 1
+    for path in sorted((tmp_path / "weights").glob("d/*"))[:1]:
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+        ended = Job("load", tmp_path, cache).end()
+        assert [status for status, _, _ in ended] == [2, 2]
+        lines = [line for _, _, error in ended for line in error.splitlines() if "Gloo" not in line]
+        assert len(lines) == 1
+        assert lines[0].startswith(f"error: {path} is damaged: its content is not what was written")
 
 
 def test_a_mistake_in_one_process_ends_all_of_them_with_one_line(tmp_path, cache):

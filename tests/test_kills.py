@@ -1,0 +1,27 @@
+"""SIGKILL at any moment of a command: what the next one completes is what it would have been."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("command", ["train", "encode"])
+def test_a_command_that_was_killed_at_random_moments_ends_with_the_same_files(command, tmp_path):
+    # More by hand: python -m tests.kills train WORK --kills 20
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.kills", command, str(tmp_path / "work"), "--kills", "3"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert len(re.findall(r"moment \d+ of \d+: -9", ended.stdout)) == 3
+    assert ended.stdout.endswith(f"{command}: 3 kills, 0 differences\n")
