@@ -6,6 +6,7 @@ import random
 import shutil
 from pathlib import Path
 
+import orbax.checkpoint as ocp
 import pytest
 
 from tests.test_checkpoint import assert_bitwise, write_checkpoints
@@ -340,13 +341,36 @@ def test_a_checkpoint_that_its_run_deletes_gives_way_to_a_newer_one(run):
             # What the run does meanwhile: it saves, then deletes what it does not keep.
             shutil.copytree(run / "checkpoints" / "8", run / "checkpoints" / "12")
             shutil.rmtree(run / "checkpoints" / "8")
-        return [stored.name for stored in parts if checkpoint.stored_tree(stored)]
+        return [stored.name for stored in parts if checkpoint.stored_tree(stored, 99)]
 
     assert checkpoint.read_parts(run, None, read) == ["weights", "trained"]
     assert asked == ["8", "12"]
     asked.clear()
     with pytest.raises(UserError, match=r"no checkpoint of update 8; it has 4, 12$"):
         checkpoint.read_parts(run, 8, read)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("[" * 100_000, "cannot be read"),
+        ("null", "cannot be read"),
+        ('{"tree_metadata": 3}', "cannot be read"),
+        (json.dumps({"tree_metadata": dict.fromkeys(map(str, range(9_000)))}), "and 9000 arrays; "),
+        (json.dumps({"tree_metadata": {"x": "x" * 10**7}}), r"it has \d+; expected the table of"),
+    ],
+    ids=["deep", "null", "number", "many", "large"],
+)
+def test_a_table_of_absurd_size_is_refused_before_orbax_opens_its_arrays(
+    run, monkeypatch, table, words
+):
+    monkeypatch.setattr(ocp.StandardCheckpointer, "metadata", None)
+    (run / "weights" / "_METADATA").write_text(table)
+    for read in (load_model, checkpoint.load_tower):
+        with pytest.raises(UserError, match=f"weights/_METADATA is damaged: .*{words}"):
+            read(run, verify=False)
+    with pytest.raises(UserError, match=f"weights/_METADATA is damaged: .*{words}"):
+        StoredModel(run)
 
 
 def test_every_file_is_hashed_by_one_of_the_processes_that_share_it(run):

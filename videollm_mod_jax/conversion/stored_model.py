@@ -46,7 +46,7 @@ class StoredModel:
         for part in stored_parts(directory):
             if verify:
                 verify_part(part)
-            for path, shape in _stored_shapes(part).items():
+            for path, shape in _stored_shapes(part, len(self.shapes)).items():
                 if path in self.shapes and shape == self.shapes[path].shape:
                     self._places[path] = part
         absent = [path for path in self.shapes if path not in self._places]
@@ -74,6 +74,6 @@ class StoredModel:
         return flatten_dict(restored, sep="/")[path]
 
 
-def _stored_shapes(part: Path) -> dict[str, tuple[int, ...]]:
-    tree = stored_tree(part)
+def _stored_shapes(part: Path, arrays: int) -> dict[str, tuple[int, ...]]:
+    tree = stored_tree(part, arrays)
     return {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
