@@ -226,6 +226,47 @@ def test_a_model_json_that_is_not_json_is_refused(copy):
         load_model(copy)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "null",
+        "{}",
+        '{"system": 3}',
+        '{"system": null}',
+        '{"system": "a", "b": 1}',
+        "[" * 10**6,
+    ],
+)
+def test_a_dialogue_json_of_another_shape_is_refused(copy, content):
+    (copy / "dialogue.json").write_text(content)
+    with pytest.raises(UserError, match=r"dialogue\.json"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("decoder", {"num_layers": 10**6}, r"model.decoder.num_layers is 1000000; expected a num"),
+        ("decoder", {"hidden_size": 10**9}, r"model.decoder.hidden_size is 1000000000; expected "),
+        ("decoder", {"vocab_size": 10**15}, "model.decoder.vocab_size is 10"),
+        ("vision", {"pool": [3, 3_000_000]}, r"model.vision.pool\[1\] is 3000000; expected a num"),
+        ("decoder", {"num_layers": 1024}, "decoder.num_layers should be 1024 and is 4"),
+        ("decoder", {"vocab_size": 2**24}, "params/embedding should be"),
+        ("vision", {"image_size": 2**14, "patch_size": 128, "pool": [127, 127]}, "position_embed"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_the_model_is_traced(
+    copy, monkeypatch, part, changes, message
+):
+    model = json.loads((copy / "model.json").read_text())
+    model[part] |= changes
+    (copy / "model.json").write_text(json.dumps(model))
+    monkeypatch.setattr(checkpoint, "abstract_variables", None)
+    with pytest.raises(UserError, match=message):
+        load_model(copy)
+
+
 def test_missing_weights_are_refused(copy):
     shutil.rmtree(copy / "weights")
     with pytest.raises(UserError, match="weights is missing"):

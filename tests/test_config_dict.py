@@ -24,6 +24,7 @@ from videollm_mod_jax.experiment import Experiment, plain
 from videollm_mod_jax.models import Execution
 from videollm_mod_jax.models.config import RopeScaling
 from videollm_mod_jax.studying.config import StudyConfig
+from videollm_mod_jax.training.checkpoint import Dialogue
 
 for _module in pkgutil.walk_packages(videollm_mod_jax.__path__, "videollm_mod_jax."):
     if not _module.name.endswith("__main__"):
@@ -67,6 +68,7 @@ def examples():
     collect(build(StudyConfig, study["study"], "study"))
     collect(Budget(frames=4, text_tokens=10, labels=5))
     collect(Disturbance(probability=0.1, window=2))
+    collect(Dialogue(system="Watch."))
     collect(Execution())
     collect(Decoding(max_new_tokens=8, temperature=0.5, samples=2, seed=0))
     collect(StreamSettings(minutes=(1.0,), fps=2.0, streams=(1,), new_tokens=2, rounds=1, warmup=1))

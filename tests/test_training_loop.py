@@ -242,7 +242,7 @@ def test_validation_without_data_is_refused_before_anything_is_written(tmp_path,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, r"training\.steps is 0"),
+        ({"steps": 0}, r"TrainingConfig\.steps is 0; expected a number in "),
         ({"validate_every": -1}, r"validate_every is -1; expected a number in "),
         ({"validate_every": 3}, r"validate_every is 3 and .*every is 4; make one a multiple"),
         ({"validate_every": 0}, r"keep_best is 1 and training\.validate_every is 0"),

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from videollm_mod_jax.config_dict import Checked, build
 from videollm_mod_jax.data import files
 from videollm_mod_jax.data.files import read_json, read_json_object
 from videollm_mod_jax.data.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ from videollm_mod_jax.training.checkpointer import (
 )
 from videollm_mod_jax.training.optimizer import Variables, merge_variables
 from videollm_mod_jax.training.sharding import Layout, abstract_variables
+from videollm_mod_jax.training.stored_sizes import check_sizes, most_arrays
 
 MODEL_FILE = "model.json"
 DIALOGUE_FILE = "dialogue.json"
@@ -58,6 +60,17 @@ _ENTRY_BYTES = 4096
 """More than Orbax's table of arrays has for one."""
 
 _T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogue(Checked):
+    """What `dialogue.json` says.
+
+    Attributes:
+      system: the instruction that opens every conversation.
+    """
+
+    system: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +141,15 @@ def load_model(
     directory = Path(directory)
     config = read_model_config(directory)
     tokenizer = Tokenizer.load(directory) if config.decoder else None
-    system = read_json(directory / DIALOGUE_FILE)["system"]
-    expected = abstract_variables(VideoLLM(config), layout)
+    dialogue_file = directory / DIALOGUE_FILE
+    system = build(Dialogue, read_json(dialogue_file), str(dialogue_file)).system
 
     def read(parts: list[Path]) -> Variables:
-        stored = [_stored_tree(part, expected, verify) for part in parts]
+        stored = [_stored_tree(part, most_arrays(config), verify) for part in parts]
+        # Tracing a model of absurd sizes takes minutes or the memory.
+        shapes = {name: shape for tree in stored for name, shape in _shapes(tree).items()}
+        check_sizes(directory, config, shapes)
+        expected = abstract_variables(VideoLLM(config), layout)
         _check_same(directory, expected, stored)
         loaded: Variables = {}
         for part, tree in zip(parts, stored, strict=True):
@@ -225,7 +242,8 @@ def load_trained(
         than `model.json` describes.
     """
     directory = Path(directory)
-    expected = abstract_variables(VideoLLM(read_model_config(directory)), layout)
+    config = read_model_config(directory)
+    expected = abstract_variables(VideoLLM(config), layout)
 
     def read(parts: list[Path]) -> Variables:
         _, *trained = parts
@@ -234,7 +252,7 @@ def load_trained(
                 f"{directory} holds no checkpoint; expected the directory of a training run that "
                 "has saved one"
             )
-        tree = _stored_tree(trained[0], expected, verify)
+        tree = _stored_tree(trained[0], most_arrays(config), verify)
         target = _like(tree, expected)
         _check_same(directory, target, [tree])
         return _restore(trained[0], target)
@@ -260,11 +278,12 @@ def load_tower(directory: str | os.PathLike[str], *, verify: bool = True) -> Var
     config = read_model_config(directory)
     config.require("vision")
     alone = dataclasses.replace(config, decoder=None, routing=full_computation(), newline=False)
-    target = abstract_variables(VideoLLM(alone), None)
     path = directory / WEIGHTS
-    whole = _stored_tree(path, abstract_variables(VideoLLM(config), None), verify)
+    whole = _stored_tree(path, most_arrays(config), verify)
     tower = whole["params"].get("vision") if isinstance(whole.get("params"), Mapping) else None
     stored = {"params": {"vision": {} if tower is None else tower}}
+    check_sizes(directory, alone, _shapes(stored))
+    target = abstract_variables(VideoLLM(alone), None)
     _check_same(directory, target, [stored])
     args = ocp.args.PyTreeRestore(
         target,
@@ -280,7 +299,7 @@ def write_description(
 ) -> None:
     """Writes all that a model is, save its weights."""
     write_json(directory / MODEL_FILE, config.to_dict())
-    write_json(directory / DIALOGUE_FILE, {"system": system})
+    write_json(directory / DIALOGUE_FILE, dataclasses.asdict(Dialogue(system)))
     if tokenizer is not None:
         tokenizer.save(directory)
 
@@ -322,7 +341,7 @@ def read_weights(directory: Path, target: Variables, *, verify: bool = True) -> 
       UserError: missing or damaged, or not the tree of `target`.
     """
     path = directory / WEIGHTS
-    _check_same(directory, target, [_stored_tree(path, target, verify)])
+    _check_same(directory, target, [_stored_tree(path, len(jax.tree.leaves(target)), verify)])
     return _restore(path, target)
 
 
@@ -337,7 +356,7 @@ def stored_tree(part: Path, arrays: int) -> Variables:
 
     Args:
       part: the directory.
-      arrays: how many the whole model has.
+      arrays: how many the whole model has at most.
 
     Raises:
       UserError: it cannot be read, or names many more arrays.
@@ -351,10 +370,10 @@ def stored_tree(part: Path, arrays: int) -> Variables:
     return metadata.tree
 
 
-def _stored_tree(part: Path, expected: Variables, verify: bool) -> Variables:
+def _stored_tree(part: Path, arrays: int, verify: bool) -> Variables:
     if verify:
         verify_part(part)
-    return stored_tree(part, len(jax.tree.leaves(expected)))
+    return stored_tree(part, arrays)
 
 
 def _check_table(part: Path, arrays: int) -> None:
@@ -373,7 +392,7 @@ def _check_table(part: Path, arrays: int) -> None:
         raise integrity.damaged(path, f"{error.strerror}", remedy(part)) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise integrity.damaged(path, "it cannot be read", remedy(part)) from error
-    what = f"it has {size}; expected the table of a model of {arrays} arrays ({MODEL_FILE})"
+    what = f"it has {size}; expected the table of a model of at most {arrays} arrays ({MODEL_FILE})"
     raise integrity.damaged(path, what, remedy(part))
 
 
