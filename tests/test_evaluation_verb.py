@@ -4,13 +4,15 @@ import importlib.util
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import pytest
 
 from videollm_mod_jax import evaluate
 from videollm_mod_jax.data.sources import TRAINED_ON, Sources
-from videollm_mod_jax.evaluation import running
+from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.evaluation import running, samples
 from videollm_mod_jax.experiment import Experiment, plain
 from videollm_mod_jax.models import VideoLLM, init_variables
 from videollm_mod_jax.training.checkpoint import CONFIG_FILE, save_model, write_json
@@ -195,6 +197,43 @@ def test_results_of_other_settings_are_not_mixed(run, results, capsys):
     assert evaluate.main([*command, "--silence-threshold", "0.5"]) == 2
     assert "silence_threshold is None there and 0.5 now" in capsys.readouterr().err
     assert contents(results) == before
+
+
+@pytest.mark.parametrize("name", ["../../../victim", "/tmp/victim", ".."])
+def test_no_bundle_names_a_directory_of_mine(run, tmp_path, capsys, name):
+    bundle, victim = tmp_path / "a" / "b" / "bundle", tmp_path / "victim"
+    shutil.copytree(run, bundle)
+    victim.mkdir()
+    (victim / "mine.txt").write_text("mine")
+    config = json.loads((bundle / "config.json").read_text())
+    data, evaluation = config["data"], config["evaluation"]
+    data["sources"][name] = data["sources"]["digits_stream"] | {"records": "x", "features": "y"}
+    evaluation["benchmarks"][name] = "test"
+    (bundle / "config.json").write_text(json.dumps(config))
+    assert evaluate.main(["--checkpoint", str(bundle)]) == 2
+    error = capsys.readouterr().err
+    assert f"the name of a dataset is '{name}'; expected a name" in error.splitlines()[-1]
+    assert [path.name for path in victim.iterdir()] == ["mine.txt"]
+
+    config["data"]["sources"].pop(name)
+    evaluation["benchmarks"] = {"digits_stream": "../" + name}
+    (bundle / "config.json").write_text(json.dumps(config))
+    assert evaluate.main(["--checkpoint", str(bundle)]) == 2
+    assert "evaluation.benchmarks.digits_stream is" in capsys.readouterr().err
+    assert evaluate.main(["--checkpoint", str(run), "--split", name]) == 2
+    assert f"--split is '{name}'" in capsys.readouterr().err
+
+
+def test_what_an_evaluation_did_not_write_is_not_removed(tmp_path):
+    unfinished = tmp_path / "unfinished" / "toy"
+    samples.Samples(tmp_path, "toy", {}, 0, 1).add({"index": 0, "id": "a"})
+    (tmp_path / "mine").mkdir()
+    (unfinished / "link").symlink_to(tmp_path / "mine")
+    (unfinished / "notes.txt").write_text("mine")
+    samples.forget(tmp_path, "toy")
+    assert sorted(path.name for path in unfinished.iterdir()) == ["link", "notes.txt"]
+    with pytest.raises(UserError, match=r"name of a benchmark is '\.\./toy'"):
+        samples.Samples(tmp_path, "../toy", {}, 0, 1)
 
 
 def test_a_model_without_a_run_needs_a_config(run, tmp_path, capsys):

@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from videollm_mod_jax import encode
 from videollm_mod_jax.data.annotations import (
     Dataset,
     Parsed,
@@ -270,3 +271,54 @@ def test_a_damaged_dataset_is_one_line_that_says_what_to_do(tmp_path, damage):
         list(stored.open_dataset(path).records("train"))
     assert "\n" not in str(caught.value)
     assert os.fspath(path) in str(caught.value)
+
+
+def name_class(path, name):
+    features = path / "1.0.0" / "features.json"
+    features.write_text(features.read_text().replace(f"{tfds.features.Text.__module__}.Text", name))
+
+
+def encode_opens(path):
+    encode._open("toy", path.parent, "train")
+
+
+@pytest.mark.parametrize("opens", [stored.open_dataset, encode_opens])
+def test_a_dataset_runs_no_code(tmp_path, monkeypatch, opens):
+    """TFDS would import the class from the current directory."""
+    path = write(tmp_path, train=RECORDS)
+    (tmp_path / "evilmodule.py").write_text("import pathlib; pathlib.Path('ran').touch()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    name_class(path, "evilmodule.Text")
+    with pytest.raises(UserError, match=r"features\.json names the Python class 'evilmodule.Text'"):
+        opens(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_dataset_of_other_features_is_not_ours(tmp_path):
+    path = write(tmp_path, train=RECORDS)
+    name_class(path, f"{tfds.features.Tensor.__module__}.Tensor")
+    with pytest.raises(UserError, match="describes other records than ours; remove it and prepare"):
+        stored.open_dataset(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "../toy"}, "name is '../toy'; expected a name of 1 to"),
+        ({"fileFormat": "tfrecord"}, "fileFormat is 'tfrecord'; expected 'array_record'"),
+        ({"splits": {"train": 1}}, "splits is {'train': 1}; expected a list of tables"),
+        ({"splits": [{"name": "../../x"}]}, r"name of a split is '../../x'"),
+        ({"filepathTemplate": "../{SPLIT}"}, r"filepathTemplate is '\.\./{SPLIT}'; expected {DATA"),
+        ({"shardLengths": ["-1"]}, r"shardLengths is \['-1'\]; expected numbers of records"),
+        ({"shardLengths": ["1"] * 3}, "00000-of-00003 is missing, of the 3 shards"),
+    ],
+)
+def test_shards_are_files_of_the_dataset_itself(tmp_path, change, message):
+    path = write(tmp_path, train=RECORDS)
+    file = path / "1.0.0" / "dataset_info.json"
+    info = json.loads(file.read_text())
+    (info if change.keys() <= info.keys() else info["splits"][0]).update(change)
+    file.write_text(json.dumps(info))
+    with pytest.raises(UserError, match=message):
+        stored.open_dataset(path)

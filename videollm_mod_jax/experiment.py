@@ -22,6 +22,7 @@ from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.config import VideoLLMConfig
 from videollm_mod_jax.models.plan import config_plan
 from videollm_mod_jax.models.presets import decoder_preset, vision_preset
+from videollm_mod_jax.names import check_name
 from videollm_mod_jax.training.checkpoint import read_model_config
 from videollm_mod_jax.training.run import TrainingConfig
 from videollm_mod_jax.training.sharding import make_layout
@@ -71,7 +72,8 @@ class Experiment(Checked):
         super().__post_init__()
         # What only shows when the model is built should show before anything is written.
         config_plan(self.model)
-        for name in self.evaluation.benchmarks:
+        for name, split in self.evaluation.benchmarks.items():
+            check_name(split, f"evaluation.benchmarks.{name}")
             if name not in self.data.sources:
                 raise UserError(
                     f"evaluation.benchmarks.{name} is no dataset of data.sources, which has "

@@ -7,6 +7,7 @@ from typing import Annotated
 from videollm_mod_jax.config_dict import COUNT_OR_NONE, SEED, SHARE, Checked, Interval
 from videollm_mod_jax.data.example import Budget
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.names import check_name
 
 DRAWN = ("digits_stream", "digits_scenes")
 """The datasets that are drawn where they are used; a run has one of them at most."""
@@ -79,6 +80,7 @@ class DataConfig(Checked):
     def __post_init__(self):
         super().__post_init__()
         for name, source in self.sources.items():
+            check_name(name, "data.sources: the name of a dataset")
             where = f"data.sources.{name}"
             for field in ("records", "features"):
                 if bool(getattr(source, field)) == (name in DRAWN):

@@ -11,16 +11,18 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from videollm_mod_jax.data import files
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.names import check_name
 
 INDEX = "index"
 """The field of a row that says which record it is about."""
+
+_SETTINGS, _ROWS = "settings.json", "*-of-*.jsonl"
 
 Row = dict[str, Any]
 
@@ -47,13 +49,14 @@ class Samples:
         Raises:
           UserError: rows were left that other settings made, or that are damaged.
         """
+        check_name(name, "name of a benchmark")
         self._directory = Path(out) / "unfinished" / name
         self._path = self._directory / f"{process}-of-{processes}.jsonl"
         self._target = Path(out) / f"{name}.jsonl"
         self._directory.mkdir(parents=True, exist_ok=True)
-        _check_settings(self._directory / "settings.json", settings)
+        _check_settings(self._directory / _SETTINGS, settings)
         self.rows: dict[int, Row] = {}
-        for path in sorted(self._directory.glob("*-of-*.jsonl")):
+        for path in sorted(self._directory.glob(_ROWS)):
             if int(path.name.partition("-")[0]) % processes == process:
                 self.rows.update((row[INDEX], row) for row in _read_rows(path))
 
@@ -72,9 +75,11 @@ class Samples:
 def forget(out: Path, name: str) -> None:
     """Removes the unfinished rows of a benchmark, once they are published and scored."""
     directory = Path(out) / "unfinished" / name
-    shutil.rmtree(directory, ignore_errors=True)
-    # Not empty while another benchmark is unfinished.
+    for path in (directory / _SETTINGS, *directory.glob(_ROWS)):
+        path.unlink(missing_ok=True)
+    # Not empty while another benchmark is unfinished, or where somebody else put something.
     with contextlib.suppress(OSError):
+        directory.rmdir()
         directory.parent.rmdir()
 
 

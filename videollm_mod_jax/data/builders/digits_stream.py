@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from rich import progress
 
 from videollm_mod_jax.data import digits
 from videollm_mod_jax.data.annotations import Record, Turn
+from videollm_mod_jax.data.builders.tfds_files import check_tfds_files
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -118,6 +120,10 @@ class DigitsDataset:
         builder = self.builder(
             data_dir=os.fspath(data_dir), config=config, file_format="array_record"
         )
+        drawn = Path(builder.data_dir)
+        if drawn.exists():
+            remedy = f"remove {drawn}, and it is drawn again"
+            check_tfds_files(drawn, remedy, builder.info.features)
         tfds.disable_progress_bar()  # ours is the one of `_generate_examples`
         builder.download_and_prepare()
         # Reopened, because sources of a builder with a configuration of its own do not unpickle in

@@ -27,7 +27,9 @@ from rich.console import Console
 from videollm_mod_jax.data import files
 from videollm_mod_jax.data.annotations import Dataset, Record, Source, Turn
 from videollm_mod_jax.data.builders.counting import CountedSplit, Split
+from videollm_mod_jax.data.builders.tfds_files import check_tfds_files
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.names import check_name
 
 VERSION = tfds.core.Version("1.0.0")
 _DATASET, _VIDEOS = "dataset.json", "videos.json"
@@ -161,7 +163,7 @@ def write_dataset(dataset: Dataset, source: Source, out: Path) -> Path:
         _write_json(written / _DATASET, shared)
         _write_json(written / _VIDEOS, {name: list(s.videos) for name, s in splits.items()})
         written.rename(aside / str(VERSION))
-        shutil.rmtree(tree)
+        shutil.rmtree(tree)  # made above
     return target
 
 
@@ -192,7 +194,11 @@ def open_dataset(directory: str | os.PathLike) -> StoredDataset:
     """
     directory = Path(directory)
     shared = _read_json(directory / str(VERSION) / _DATASET)
+    features = tfds.features.FeaturesDict(_FEATURES)
+    check_tfds_files(directory / str(VERSION), "remove it and prepare it again", features)
     with _refusing_damage(directory):
+        for name in (shared["name"], *shared["splits"]):
+            check_name(name, f"{directory / str(VERSION) / _DATASET}: a name")
         return StoredDataset(
             directory=directory,
             name=shared["name"],
@@ -308,6 +314,8 @@ def _refusing_damage(directory: Path) -> Iterator[None]:
     """Turns what TFDS raises for damaged files into a UserError."""
     try:
         yield
+    except UserError:
+        raise
     # The libraries below raise whatever they trip over.
     except Exception as error:
         raise UserError(
