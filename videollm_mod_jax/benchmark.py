@@ -35,6 +35,7 @@ from videollm_mod_jax.benchmarking.streaming import StreamSettings, benchmark_st
 from videollm_mod_jax.benchmarking.training import benchmark_training
 from videollm_mod_jax.data.config import DataConfig
 from videollm_mod_jax.experiment import plain, read_training
+from videollm_mod_jax.locks import locked
 from videollm_mod_jax.models import VideoLLMConfig
 from videollm_mod_jax.planning import (
     Plan,
@@ -74,7 +75,12 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if arguments.verb == "summary":
         console.print(f"wrote {summary.write(arguments.directory)}")
         return
-    # Before an hour of measuring, not behind it.
+    with locked(arguments.out, "benchmark"):
+        _measure(arguments, overrides, console)
+
+
+def _measure(arguments: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    # Before an hour of measuring, not after it.
     report.path(arguments.out, arguments.verb)
     benchmark = _BENCHMARKS[arguments.verb]
 

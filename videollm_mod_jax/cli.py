@@ -1,23 +1,31 @@
 """What the command-line modules share: flags, joining processes, one line and no traceback."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from videollm_mod_jax.errors import UserError
+from videollm_mod_jax import signals
+from videollm_mod_jax.errors import UserError, fault_of_machine
 from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.checkpoint import best_step
 
 _MISTAKES = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, UserError)
 """Everything that reading a config file and its overrides raises for a user's mistake."""
+
+_BUG = (
+    "This is a mistake in videollm_mod_jax and not in what you gave it. Please report it with the "
+    "lines above: https://github.com/videollm-mod-jax/videollm_mod_jax/issues"
+)
 
 _PROCESSES = {
     "coordinator": (str, "host:port of process 0, for several processes that JAX cannot find"),
@@ -26,40 +34,93 @@ _PROCESSES = {
 }
 
 
-def report_user_errors(run: Callable[[], None], interrupted: str = "interrupted") -> int:
-    """Calls `run` and turns bad input into one line on stderr.
+def report_user_errors(
+    run: Callable[[], None], interrupted: str | Callable[[], str] = "interrupted"
+) -> int:
+    """Calls `run` and turns bad input, and faults of the machine, into one line on stderr.
 
     What ends one of several processes ends all of them, with the same status and one message.
 
     Args:
       run: does the work.
-      interrupted: what to say after Ctrl-C.
+      interrupted: what to say after Ctrl-C or SIGTERM, or what gives it.
 
     Returns:
-      The exit status: 0; 2 after a UserError; 130 after an interrupt (Ctrl-C).
+      The exit status: 0; 2 after a UserError or a fault of the machine; 130 after Ctrl-C; 143 after
+      SIGTERM, or 0 where it had the work saved.
     """
+
+    def left(signum: int, again: bool) -> None:
+        """Ends the process from the thread that hears signals."""
+        text = interrupted if isinstance(interrupted, str) else interrupted()
+        _say(f"{text} (stopped at once)" if again else text)
+        os._exit(signals.status_of(signum))
+
+    _open_missing_streams()
     # Libraries report every file they touch; what a user wants to see, we print.
     logging.set_verbosity(logging.FATAL)
     try:
-        run()
-        # Here, and not at exit, where a reader that has enough could not be told from a mistake.
-        sys.stdout.flush()
-        distributed.barrier("end")
+        with signals.interruptible(left, _say):
+            run()
+            # Here, and not at exit, where a reader that has enough could not be told from a
+            # mistake.
+            sys.stdout.flush()
+            distributed.barrier("end")
     except distributed.Stopped as stopped:
         if distributed.is_lead():
-            print(stopped, file=sys.stderr)
+            _say(str(stopped))
+        return stopped.status
     except UserError as error:
         return _end(2, f"error: {error}")
-    except KeyboardInterrupt:
-        return _end(130, interrupted)
+    except KeyboardInterrupt as error:
+        signum = getattr(error, "signum", signal.SIGINT)
+        text = interrupted if isinstance(interrupted, str) else interrupted()
+        return _end(signals.status_of(signum), text)
     except BrokenPipeError:
-        # Whoever read the output, `head` say, has enough; Python must not flush the rest at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception:
+        # Whoever read the output, `head` say, has enough.
+        _give_up(sys.stdout)
+    except Exception as error:
+        if (fault := fault_of_machine(error)) is not None:
+            _give_up_if_full(sys.stdout)
+            return _end(2, f"error: {fault}")
+        error.add_note(_BUG)
         if not jax.distributed.is_initialized():
             raise
         distributed.end_all(1, None)
     return 0
+
+
+def _open_missing_streams() -> None:
+    """Opens /dev/null for standard streams that were closed before Python started.
+
+    Files that are opened later would get their numbers, and all that is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            stream = os.fdopen(number, "w" if number else "r", encoding="utf-8")
+            setattr(sys, name, stream)
+
+
+def _say(message: str) -> None:
+    """Prints one line on stderr, if anybody can read it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
+
+
+def _give_up(stream: TextIO) -> None:
+    """Has a stream that cannot be written go nowhere, so that Python does not fail at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _give_up_if_full(stream: TextIO) -> None:
+    try:
+        stream.flush()
+    except OSError:
+        _give_up(stream)
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,12 +184,12 @@ def join_processes(arguments: argparse.Namespace) -> None:
 
 def _end(status: int, message: str) -> int:
     if jax.distributed.is_initialized():
-        distributed.end_all(status, message)
-    print(message, file=sys.stderr)
+        distributed.end_all(status, " ".join(message.splitlines()))
+    _say(message)
     return status
 
 
-def run_with_config(run: Callable[..., None]) -> None:
+def run_with_config(run: Callable[..., None], progress: Callable[[Path], str]) -> None:
     """The main of a module that takes `--config FILE`, overrides of its keys, and `--workdir DIR`.
 
     Exits with status 2 and one line for a missing file, an unknown key or a value of a wrong type.
@@ -137,6 +198,7 @@ def run_with_config(run: Callable[..., None]) -> None:
       run: called with the overridden config, the working directory, and how many updates to
         profile, and with `verify`, whether to compare the weights to start from with their
         checksums; several processes have been joined before.
+      progress: says where the same command goes on in the working directory, after a signal.
     """
     config = config_flags.DEFINE_config_file(
         "config",
@@ -178,13 +240,15 @@ def run_with_config(run: Callable[..., None]) -> None:
 
     def main(argv: Sequence[str]) -> None:
         del argv
-        resumable = "interrupted; the same command continues where it stopped"
 
         def joined_run() -> None:
             distributed.initialize(*(flag.value for flag in joined))
             run(config.value, workdir.value, profile.value, verify=not no_verify.value)
 
-        sys.exit(report_user_errors(joined_run, resumable))
+        def interrupted() -> str:
+            return f"interrupted; {progress(Path(workdir.value))}"
+
+        sys.exit(report_user_errors(joined_run, interrupted))
 
     app.run(main, flags_parser=parse)
 

@@ -32,6 +32,7 @@ from videollm_mod_jax.conversion.inspecting import inspect
 from videollm_mod_jax.conversion.manifest import Manifest, read_manifest
 from videollm_mod_jax.conversion.plan import DTYPES, Conversion, Options
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.locks import locked
 from videollm_mod_jax.models.config import INSERTIONS, WEIGHTINGS
 
 _RESUMABLE = "interrupted; the same command continues where it stopped"
@@ -91,25 +92,29 @@ def _from_hf(arguments: argparse.Namespace, console: rich.console.Console) -> No
     destination = Path(arguments.destination)
     source = hub.resolve(arguments.source, check_supported)
     conversion = plan_conversion(source, _options(arguments))
-    manifest = import_model(conversion, destination, overwrite=arguments.overwrite, console=console)
+    with locked(destination, "convert", beside=True):
+        manifest = import_model(
+            conversion, destination, overwrite=arguments.overwrite, console=console
+        )
     print(_made(conversion, manifest, destination))
     print(_next_commands(conversion, arguments))
 
 
 def _to_hf(arguments: argparse.Namespace, console: rich.console.Console) -> None:
-    made = export_model(
-        Path(arguments.source),
-        Path(arguments.destination),
-        part=arguments.part,
-        family=arguments.family,
-        dtype=arguments.dtype,
-        merge=arguments.merge,
-        drop_routers=arguments.drop_routers,
-        shard_bytes=int(arguments.shard_gb * 1e9),
-        overwrite=arguments.overwrite,
-        verify=arguments.verify,
-        console=console,
-    )
+    with locked(arguments.destination, "convert", beside=True):
+        made = export_model(
+            Path(arguments.source),
+            Path(arguments.destination),
+            part=arguments.part,
+            family=arguments.family,
+            dtype=arguments.dtype,
+            merge=arguments.merge,
+            drop_routers=arguments.drop_routers,
+            shard_bytes=int(arguments.shard_gb * 1e9),
+            overwrite=arguments.overwrite,
+            verify=arguments.verify,
+            console=console,
+        )
     for directory in made:
         print(f"wrote {directory}")
     manifest = read_manifest(Path(arguments.source))

@@ -18,7 +18,7 @@ records.
 import argparse
 import math
 import os
-import shutil
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +31,15 @@ import tensorflow_datasets as tfds
 from rich import progress
 
 from videollm_mod_jax import cli
+from videollm_mod_jax.data import files
+from videollm_mod_jax.data.builders.tfds_files import FEATURES, check_tfds_files
 from videollm_mod_jax.data.decoding import decode_shards
 from videollm_mod_jax.data.encoding_plan import PLAN, EncodingPlan, sources_of
 from videollm_mod_jax.data.feature_shards import (
     BYTES_PER_NUMBER,
+    INDEX,
+    META,
+    SHARDS,
     FeatureMeta,
     join_shards,
     shard_name,
@@ -45,6 +50,7 @@ from videollm_mod_jax.data.video_folder import IMAGES, VIDEOS, about_frames, div
 from videollm_mod_jax.encoding import EncodingBar, fingerprint, frame_encoder, write_shards
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models.config import VideoLLMConfig
+from videollm_mod_jax.names import check_name
 from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.checkpoint import load_tower, read_model_config
 
@@ -91,13 +97,14 @@ def encode_folder(
     videos, path = Path(videos), Path(path)
     partial = path.with_name(f"{path.name}.partial")
     meta = _meta(config, tower_params, fps)
-    with distributed.lead_first("planned") as lead:
-        if lead:
-            _plan(videos, meta, path, partial)
-    if not path.exists():
-        plan = EncodingPlan.read(partial)
-        _encode_shards(config, tower_params, plan, videos, partial, workers, batch_size)
-        _finish(partial, path, meta, len(plan.shards))
+    with distributed.holding(path, "encode", beside=True):
+        with distributed.lead_first("planned") as lead:
+            if lead:
+                _plan(videos, meta, path, partial)
+        if not path.exists():
+            plan = EncodingPlan.read(partial)
+            _encode_shards(config, tower_params, plan, videos, partial, workers, batch_size)
+            _finish(partial, path, meta, len(plan.shards))
     return FeatureSource(path)
 
 
@@ -114,9 +121,7 @@ def _plan(videos: Path, meta: FeatureMeta, path: Path, partial: Path) -> None:
             frames = list(progress.track(lengths, "Looking at videos", len(found)))
         shards = divide(frames, _frame_bytes(meta))
         EncodingPlan(meta, sources, shards).write(partial)
-    # What an encoding that was killed left behind.
-    for aside in partial.glob(".*.partial*"):
-        aside.unlink()
+    files.remove_leftovers(partial)
 
 
 def _encode_shards(
@@ -174,13 +179,23 @@ def encode_split(
     path = Path(path)
     if not len(records):
         raise UserError(f"{path}: there are no records to encode")
-    if path.exists():
-        raise UserError(f"{path}: exists already; remove it or write elsewhere")
+    with distributed.holding(path, "encode", beside=True):
+        if path.exists():
+            raise UserError(f"{path}: exists already; remove it or write elsewhere")
+        _encode_records(config, tower_params, records, path, batch_size)
+
+
+def _encode_records(
+    config: VideoLLMConfig,
+    tower_params: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    path: Path,
+    batch_size: int,
+) -> None:
     partial = path.with_name(f"{path.name}.partial")
     with distributed.lead_first("removed") as lead:
         if lead:
-            # What an encoding that was killed left behind.
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove_partial(partial)
     first = (float(records[0]["fps"]), np.shape(records[0]["frames"])[1:])
     meta = _meta(config, tower_params, first[0])
     frames = len(records[0]["frames"])
@@ -201,8 +216,24 @@ def encode_split(
     except BaseException:
         # Others may still be writing there; the next run removes it.
         if jax.process_count() == 1:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove_partial(partial)
         raise
+
+
+def _remove_partial(partial: Path) -> None:
+    """Removes the shards of an encoding that was killed, and nothing that is not one's."""
+    if partial.is_dir() and not partial.is_symlink():
+        files.remove_leftovers(partial)
+        for shard in partial.glob(SHARDS):
+            shard.unlink()
+        for name in (META, INDEX):
+            (partial / name).unlink(missing_ok=True)
+        try:
+            partial.rmdir()
+        except OSError as error:
+            raise UserError(
+                f"{partial} is in the way, and holds what no encoding wrote; move it elsewhere"
+            ) from error
 
 
 def _video(
@@ -310,6 +341,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _open(name: str, data_dir: Path, split: str) -> Sequence[Mapping[str, Any]]:
+    base = re.split("[/:]", name)[0]
+    for features in sorted((data_dir / check_name(base, "--dataset")).rglob(FEATURES)):
+        check_tfds_files(features.parent, "take a dataset that you trust")
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError as error:

@@ -1,5 +1,20 @@
 """The one exception type that means "the input is wrong, and here is what to do"."""
 
+import errno
+import os
+
+_REMEDIES = {
+    errno.ENOSPC: "make room there, or write to another disk",
+    errno.EDQUOT: "make room there, or write to another disk",
+    errno.EROFS: "write elsewhere",
+    errno.EACCES: "give yourself the permission, or name another path",
+    errno.EPERM: "give yourself the permission, or name another path",
+    errno.EIO: "the disk may be failing: look at the system's log",
+    errno.EMFILE: "raise the limit of open files: ulimit -n 65536",
+    errno.ENFILE: "close other programs",
+}
+"""What helps against faults of the machine that libraries report as errors of many types."""
+
 
 class UserError(ValueError):
     """Bad input: a missing file, an unknown key, a field out of range.
@@ -8,3 +23,34 @@ class UserError(ValueError):
     found. The command-line modules print it on stderr and exit with status 2; anything else that
     escapes is a bug and keeps its traceback.
     """
+
+
+def fault_of_machine(error: BaseException) -> str | None:
+    """Return the one line of an error that the machine is to blame for, or None.
+
+    ```
+    PermissionError(13, "Permission denied", "x")        x: Permission denied; give yourself ...
+    ValueError("INTERNAL: ... No space left on device")  No space left on device (ValueError); ...
+    KeyError("loss")                                     None: a mistake of this program
+    ```
+
+    That is any error of the operating system, and one of a library that quotes a full disk, a
+    missing permission or the like; those that it came from are looked at, too.
+    """
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        known = isinstance(error, OSError) and error.errno in _REMEDIES
+        # An error that is not the last one may have been expected, a missing file above all.
+        if known or (len(seen) == 1 and isinstance(error, OSError) and error.errno is not None):
+            # A library's own text is longer, and says the path if no field does.
+            what = os.strerror(error.errno) if known else error.strerror
+            where = f"{error.filename}: " if error.filename is not None else ""
+            remedy = _REMEDIES.get(error.errno)
+            return f"{where}{what or error}" + (f"; {remedy}" if remedy else "")
+        error = error.__cause__ or error.__context__
+    for error in seen:
+        for code, remedy in _REMEDIES.items():
+            if isinstance(error, Exception) and os.strerror(code) in str(error):
+                return f"{os.strerror(code)} ({type(error).__name__}); {remedy}"
+    return None

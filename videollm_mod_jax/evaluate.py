@@ -42,6 +42,7 @@ from videollm_mod_jax.evaluation.running import (
     run_part,
 )
 from videollm_mod_jax.experiment import Experiment, examples_for, plain
+from videollm_mod_jax.names import check_name
 from videollm_mod_jax.streaming.int8 import quantize
 from videollm_mod_jax.streaming.triggers import check_threshold
 from videollm_mod_jax.training import distributed
@@ -120,40 +121,43 @@ def evaluate(
     batch_size = settings.batch_size if batch_size is None else batch_size
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; expected at least 1")
+    if split is not None:
+        check_name(split, "--split")
     splits = _splits(settings.benchmarks, benchmarks, split)
     out = directory / EVALUATION / (split or "") if out is None else Path(out)
     with distributed.lead_first("dataset"):
         sources = Sources(experiment.data, directory)
     trained_on = count_learnt(directory / TRAINED_ON, sources, splits, force=force)
 
-    with distributed.lead_first("report"):
-        newest = max(checkpoint_steps(directory), default=None)
-        described |= {"step": newest if step is None else step}
-        report = _read_report(out, described)
-    for name, chosen in splits.items():
-        dataset = sources.dataset(name)
-        subject = Subject(
-            model=model,
-            examples=_examples(model, sources, name, chosen),
-            labels=tuple(dataset.labels),
-            batch_size=batch_size,
-            answer_tokens=settings.answer_tokens,
-            silence_threshold=silence_threshold,
-            judge=judge or ExactMatch(),
-            seed=SEED,
-        )
-        count = len(subject.examples)
-        entry = report["benchmarks"].setdefault(name, {"parts": {}})
-        entry |= {
-            "benchmark": dataset.benchmark,
-            "split": chosen,
-            "records": count,
-            "trained_on": trained_on[name],
-        }
-        shared = {"split": chosen, "records": count, "model": report["model"]["step"]}
-        for part in parts_of(dataset.benchmark, subject):
-            if self_conditioned or part.name != SELF_CONDITIONED:
-                _run(part, subject, name, shared, entry["parts"], out, report)
+    with distributed.holding(out, "evaluate"):
+        with distributed.lead_first("report"):
+            newest = max(checkpoint_steps(directory), default=None)
+            described |= {"step": newest if step is None else step}
+            report = _read_report(out, described)
+        for name, chosen in splits.items():
+            dataset = sources.dataset(name)
+            subject = Subject(
+                model=model,
+                examples=_examples(model, sources, name, chosen),
+                labels=tuple(dataset.labels),
+                batch_size=batch_size,
+                answer_tokens=settings.answer_tokens,
+                silence_threshold=silence_threshold,
+                judge=judge or ExactMatch(),
+                seed=SEED,
+            )
+            count = len(subject.examples)
+            entry = report["benchmarks"].setdefault(name, {"parts": {}})
+            entry |= {
+                "benchmark": dataset.benchmark,
+                "split": chosen,
+                "records": count,
+                "trained_on": trained_on[name],
+            }
+            shared = {"split": chosen, "records": count, "model": report["model"]["step"]}
+            for part in parts_of(dataset.benchmark, subject):
+                if self_conditioned or part.name != SELF_CONDITIONED:
+                    _run(part, subject, name, shared, entry["parts"], out, report)
     return report
 
 

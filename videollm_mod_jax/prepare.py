@@ -19,11 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 from videollm_mod_jax import cli
+from videollm_mod_jax.data import files
 from videollm_mod_jax.data.annotations import Report, Source
 from videollm_mod_jax.data.builders import registry
 from videollm_mod_jax.data.builders.stored import Split, check_dataset, open_dataset, write_dataset
 from videollm_mod_jax.data.features import FeatureSource
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.locks import locked
 
 MAX_FRAMES = 600
 """Five minutes at 2 fps: `data.frames` of configs/ego4d_narration.py."""
@@ -74,7 +76,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
         if arguments.check:
             splits = check_dataset(dataset, source)
         else:
-            path = write_dataset(dataset, source, Path(arguments.out))
+            path = Path(arguments.out) / dataset.name
+            with locked(path, "prepare", beside=True):
+                files.remove_leftovers_of(path)
+                write_dataset(dataset, source, Path(arguments.out))
             splits = open_dataset(path).splits
     except UserError:
         _print_report(source.report)

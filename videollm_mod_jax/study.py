@@ -41,6 +41,7 @@ from videollm_mod_jax.data.sources import TRAIN, Sources
 from videollm_mod_jax.encode import encode_split, fingerprint
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.experiment import Experiment, examples_for, plain
+from videollm_mod_jax.locks import locked
 from videollm_mod_jax.studying import figures, tables
 from videollm_mod_jax.studying.baselines import baselines
 from videollm_mod_jax.studying.config import StudyConfig
@@ -77,6 +78,19 @@ def study(
     """
     settings, experiment = read(table)
     names = list(chosen(experiment.model, tuple(only)))
+    with locked(workdir, "study"):
+        files.remove_leftovers(workdir)
+        _study(settings, table, workdir, names, workers, console)
+
+
+def _study(
+    settings: StudyConfig,
+    table: Table,
+    workdir: Path,
+    names: Sequence[str],
+    workers: int | None,
+    console: Console,
+) -> None:
     # Seeds and rounds may change: they add runs, and alter none.
     loop.claim_workdir(workdir, _without_study(table))
     watch = _Stopwatch(workdir)

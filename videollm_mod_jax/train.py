@@ -19,7 +19,9 @@ GKE, SLURM and under Open MPI the processes find each other; elsewhere give each
   --coordinator HOST:PORT --num-processes N --process-id I        (or JAX_COORDINATOR_ADDRESS,
                                                      JAX_NUM_PROCESSES and JAX_PROCESS_ID)
 
-SIGTERM saves, ends with status 0 and says so; the same command continues there.
+SIGTERM and Ctrl-C save, once an update is done, and say so; the same command continues there. The
+status is 0 after SIGTERM, which schedulers send, and 130 after Ctrl-C. At other moments there is
+nothing to save: what is complete stays, and the status is 143 or 130. A second signal ends at once.
 """
 
 import dataclasses
@@ -85,7 +87,8 @@ def train(
 
     Raises:
       Stopped: SIGTERM came while training; the state is saved.
-      UserError: the config does not fit, or `workdir` holds a run with another one.
+      UserError: the config does not fit, or `workdir` holds a run with another one, or another
+        process trains there.
     """
     table, workdir = plain(config), Path(workdir)
     console = Console(quiet=not distributed.is_lead())
@@ -96,8 +99,30 @@ def train(
     check_stored(experiment.data)
     if experiment.init:
         check_start(Path(experiment.init), experiment.model)
-    loop.claim_workdir(workdir, table)
+    with distributed.holding(workdir, "train"):
+        loop.claim_workdir(workdir, table)
+        return _train(experiment, table, workdir, profile_steps, verify, console)
 
+
+def progress(workdir: Path) -> str:
+    """Return where the same command goes on in a run's directory, in words."""
+    steps = checkpoint.checkpoint_steps(workdir) if workdir.is_dir() else []
+    if steps:
+        return f"the same command continues after update {max(steps)}, the newest that is saved"
+    return (
+        "no update is saved yet; the same command keeps the dataset, tower and features that are "
+        "complete, and starts training from update 1"
+    )
+
+
+def _train(
+    experiment: Experiment,
+    table: Mapping[str, Any],
+    workdir: Path,
+    profile_steps: int,
+    verify: bool,
+    console: Console,
+) -> Report:
     console.rule("Data")
     with distributed.lead_first("dataset"):
         sources = Sources(experiment.data, workdir)
@@ -310,4 +335,4 @@ def _table(report: Report, title: str) -> Table:
 
 
 if __name__ == "__main__":
-    cli.run_with_config(train)
+    cli.run_with_config(train, progress)

@@ -55,6 +55,10 @@ class FeatureMeta:
     tower: str
 
 
+SHARDS = "features-*-of-*.array_record"
+"""Glob of all that `shard_name` gives."""
+
+
 def shard_name(index: int, count: int) -> str:
     """The file name of shard `index` of `count`."""
     return f"features-{index:05}-of-{count:05}.array_record"

@@ -6,10 +6,14 @@ million deep, or say two things at once. Whatever it is costs a second at most, 
 
 import collections
 import contextlib
+import errno
+import glob
 import json
 import math
 import os
 import pathlib
+import re
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -22,24 +26,83 @@ LARGEST_JSON = 64 << 20
 """Bytes of a json file that is read as a whole, unless its reader knows better."""
 
 
+_ASIDE = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.partial(\..*)?", re.DOTALL)
+_TFDS_ASIDE = re.compile(r"incomplete\.\w+_.*|.*\.incomplete\w+", re.DOTALL)
+
+
 @contextlib.contextmanager
 def written_aside(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a free path beside `path`; a clean exit renames it to `path`, an error removes it.
+    """Yields a free path next to `path`; a clean exit renames it to `path`, an error removes it.
+
+    ```
+    runs/digits/model.json   ->   runs/digits/.model.4711-9f3a01c7.partial.json
+    ```
 
     Works for a file (replaced when it exists) and for a directory (which must not exist yet). The
-    aside path keeps the suffix of `path`, so that writers that go by suffix see the right one.
+    aside path keeps the suffix of `path`, so that writers that go by suffix see the right one, and
+    nobody can guess it, so that nothing is put in its place. What has its name is on the disk, and
+    not only in the system's memory.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    aside = path.with_name(f".{path.stem}.{unique}.partial{path.suffix}")
     try:
         yield aside
+        sync(aside)
         os.replace(aside, path)
+        _sync_one(path.parent)
     finally:
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink(missing_ok=True)
+        _remove(aside)
+
+
+def sync(path: pathlib.Path) -> None:
+    """Has the system write a file, or a directory with all that is in it, to the disk."""
+    for directory, _, names in os.walk(path):
+        for name in names:
+            _sync_one(pathlib.Path(directory, name))
+        _sync_one(pathlib.Path(directory))
+    if not path.is_dir():
+        _sync_one(path)
+
+
+def remove_leftovers(directory: str | os.PathLike) -> None:
+    """Removes what killed processes wrote aside below a directory, which this process has locked.
+
+    That is what `written_aside` names, and what TFDS writes aside.
+    """
+    for inside, directories, names in os.walk(directory):
+        for name in (*names, *directories):
+            if _ASIDE.fullmatch(name) or _TFDS_ASIDE.fullmatch(name):
+                _remove(pathlib.Path(inside, name))
+        directories[:] = [name for name in directories if pathlib.Path(inside, name).exists()]
+
+
+def remove_leftovers_of(path: str | os.PathLike) -> None:
+    """Removes what killed processes wrote aside for one path, which this process has locked."""
+    path = pathlib.Path(path)
+    for aside in path.parent.glob(f".{glob.escape(path.stem)}.*.partial{glob.escape(path.suffix)}"):
+        if _ASIDE.fullmatch(aside.name):
+            _remove(aside)
+
+
+def _sync_one(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems sync no directories.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class DuplicateName(ValueError):

@@ -24,6 +24,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from videollm_mod_jax import locks, signals
+from videollm_mod_jax.data import files
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.training.sharding import MESH_AXES, Layout, make_layout
 
@@ -37,7 +39,15 @@ _barriers = itertools.count()
 
 
 class Stopped(Exception):
-    """A run was asked to end (SIGTERM), has saved its state, and can be continued."""
+    """A run was asked to end (SIGTERM, Ctrl-C), has saved its state, and can be continued.
+
+    Attributes:
+      status: exit status of the command: 0 after SIGTERM, which schedulers send, 130 after Ctrl-C.
+    """
+
+    def __init__(self, message: str, signum: int = signal.SIGTERM):
+        super().__init__(message)
+        self.status = 0 if signum == signal.SIGTERM else signals.status_of(signum)
 
 
 def initialize(
@@ -85,8 +95,11 @@ def initialize(
         # JAX runs already: a verb that a notebook calls. There is nobody to join.
         return
     if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "videollm_mod_jax" / "compiled"))
+        # Without a home (an unknown user), programs are compiled each time.
+        with contextlib.suppress(RuntimeError):
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            compiled = cache / "videollm_mod_jax" / "compiled"
+            jax.config.update("jax_compilation_cache_dir", str(compiled))
     if alone:
         return
     watch = threading.Thread(target=_end_with_the_others, daemon=True)
@@ -120,6 +133,30 @@ def lead_first(name: str) -> Iterator[bool]:
         barrier(name)
 
 
+@contextlib.contextmanager
+def holding(directory: str | os.PathLike, command: str, *, beside: bool = False) -> Iterator[None]:
+    """Holds a directory for this job in the block: process 0 locks it, and clears it of what killed
+    processes left.
+
+    Args:
+      directory: what the job writes.
+      command: for the message to others.
+      beside: see `locks.locked`.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    if not is_lead():
+        yield
+        return
+    with locks.locked(directory, command, beside=beside):
+        if beside:
+            files.remove_leftovers_of(directory)
+        else:
+            files.remove_leftovers(directory)
+        yield
+
+
 def gather(value: Any) -> list[Any]:
     """The values of all processes, in their order; values are json types."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -146,36 +183,42 @@ def own_layout(rule_set: str, mesh_shape: tuple[int, int, int]) -> Layout:
 
 
 class StopSignal:
-    """Notices SIGTERM, so that a run can save before it ends; a context manager.
+    """Notices SIGTERM and Ctrl-C, so that a run can save before it ends; a context manager.
 
-    Schedulers send it before they take a machine away. Alone, a process stops after the update at
-    hand. Of several, any of which may get the signal, all stop after the same update: JAX agrees on
-    one that none has passed.
+    Schedulers send SIGTERM before they take a machine away. Alone, a process stops after the update
+    in progress. Of several, any of which may get SIGTERM, all stop after the same update: JAX
+    agrees on one that none has passed; Ctrl-C ends them at once.
+
+    Attributes:
+      signum: the signal that came; SIGTERM among several processes.
     """
 
     def __enter__(self) -> "StopSignal":
+        self.signum: int = signal.SIGTERM
         self._received = False
+        self._stack = contextlib.ExitStack()
         # JAX handles the signal itself once it has joined processes.
-        self._handles = (
+        self._waits = (
             not jax.distributed.is_initialized()
             and threading.current_thread() is threading.main_thread()
         )
-        if self._handles:
-            self._before = signal.signal(signal.SIGTERM, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._handles:
-            signal.signal(signal.SIGTERM, self._before)
+        self._stack.close()
 
     def reached(self, step: int) -> bool:
         """Whether to save and stop after this update; ask in all processes, at every update."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
+        if self._waits:
+            # Not before the first update, which compiles for minutes and leaves nothing to save.
+            self._stack.enter_context(signals.stopping_softly(self._receive))
+            self._waits = False
         return self._received
 
-    def _receive(self, *signal_and_frame: object) -> None:
-        self._received = True
+    def _receive(self, signum: int) -> None:
+        self.signum, self._received = signum, True
 
 
 def end_all(status: int, message: str | None) -> NoReturn:

@@ -280,7 +280,8 @@ class Run:
                 if stop and step < config.steps:
                     raise distributed.Stopped(
                         f"stopped after update {step} of {config.steps}, which is saved in "
-                        f"{workdir}; the same command continues there"
+                        f"{workdir}; the same command continues there",
+                        stop_signal.signum,
                     )
 
     def _is_due(self, step: int, every: int) -> bool:
