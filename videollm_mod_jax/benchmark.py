@@ -207,16 +207,22 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_rounds(verb: argparse.ArgumentParser) -> None:
         verb.add_argument(
-            "--rounds", type=_positive, default=10, help="timed calls of each variant (10)"
+            "--rounds",
+            type=cli.whole_number("[1, 2**31)"),
+            default=10,
+            help="timed calls of each variant (10)",
         )
         verb.add_argument(
-            "--warmup", type=_positive, default=2, help="calls before them, not timed (2)"
+            "--warmup",
+            type=cli.whole_number("[1, 2**31)"),
+            default=2,
+            help="calls before them, not timed (2)",
         )
 
     train = add("train", "time the training step on the devices of this machine")
     train.add_argument(
         "--frames",
-        type=int,
+        type=cli.whole_number("[0, 2**31)"),
         nargs="+",
         metavar="F",
         help="also for other lengths, text in proportion; by default that of the config",
@@ -225,28 +231,35 @@ def _parser() -> argparse.ArgumentParser:
     stream = add("stream", "time a frame and a token of streams of several lengths")
     stream.add_argument(
         "--minutes",
-        type=float,
+        type=cli.number("(0, 1e6]"),
         nargs="+",
         default=[1, 10, 60],
         metavar="M",
         help="of video before the frame (1 10 60)",
     )
-    stream.add_argument("--fps", type=float, default=2, help="frames per second of the video (2)")
+    stream.add_argument(
+        "--fps",
+        type=cli.number("[1e-3, 1000]"),
+        default=2,
+        help="frames per second of the video (2)",
+    )
     stream.add_argument(
         "--streams",
-        type=int,
+        type=cli.whole_number("[1, 2**31)"),
         nargs="+",
         default=[1],
         metavar="B",
         help="that advance together; more than one behind the middle one of the minutes (1)",
     )
-    stream.add_argument("--new-tokens", type=_positive, default=32, help="of an answer (32)")
+    stream.add_argument(
+        "--new-tokens", type=cli.whole_number("[1, 2**31)"), default=32, help="of an answer (32)"
+    )
     cli.add_int8_argument(stream)
     add_rounds(stream)
     parts = add("kernels", "time attention, layers and routing apart, at the shapes of the config")
     parts.add_argument(
         "--lengths",
-        type=int,
+        type=cli.whole_number("[1, 2**31)"),
         nargs="+",
         default=[1024, 8192, 65536],
         metavar="U",
@@ -258,7 +271,11 @@ def _parser() -> argparse.ArgumentParser:
         "--topology", required=True, metavar="NAME", help="v5e:4x4, v5p:2x2x2, h200:8, cpu:1"
     )
     memory.add_argument(
-        "--frames", type=int, nargs="+", metavar="F", help="lengths, text in proportion"
+        "--frames",
+        type=cli.whole_number("[0, 2**31)"),
+        nargs="+",
+        metavar="F",
+        help="lengths, text in proportion",
     )
     memory.add_argument(
         "--max-frames", action="store_true", help="find the longest training stream that fits, too"
@@ -270,13 +287,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     page.add_argument("directory", type=Path, metavar="DIR", help="holds results, at any depth")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
-    return value
 
 
 if __name__ == "__main__":

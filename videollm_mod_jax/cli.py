@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from videollm_mod_jax import signals
+from videollm_mod_jax.config_dict import Interval
 from videollm_mod_jax.errors import UserError, fault_of_machine
 from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.checkpoint import best_step
@@ -121,6 +122,38 @@ def _give_up_if_full(stream: TextIO) -> None:
         stream.flush()
     except OSError:
         _give_up(stream)
+
+
+def number(interval: str) -> Callable[[str], float]:
+    """Returns a `type=` of argparse that reads a number and keeps its range.
+
+    ```
+    number("(0, 1000]")        "2.5"  2.5         "0", "nan", "inf", "two"   refused
+    ```
+
+    Args:
+      interval: see `Interval`.
+    """
+    return _reader(float, Interval(interval))
+
+
+def whole_number(interval: str) -> Callable[[str], int]:
+    """Returns a `type=` of argparse that reads a whole number and keeps its range; see `number`."""
+    return _reader(int, Interval(interval))
+
+
+def _reader(kind: Callable[[str], float], interval: Interval) -> Callable[[str], Any]:
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or value not in interval:
+            whole = "a whole number: " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"found {text!r:.80}; expected {whole}{interval}")
+        return value
+
+    return read
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:

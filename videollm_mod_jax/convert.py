@@ -270,7 +270,8 @@ def _add_to_hf(commands) -> None:
         "them as a PEFT adapter")  # fmt: skip
     add("--drop-routers", action="store_true", help="write a model with routers without them: "
         "every token is computed in every layer then")  # fmt: skip
-    add("--shard-gb", type=float, default=4.0, metavar="GB", help="largest file, in 10^9 bytes; by "
+    add("--shard-gb", type=cli.number("(0, 1e6]"), default=4.0, metavar="GB",
+        help="largest file, in 10^9 bytes; by "
         "default %(default)s")  # fmt: skip
     add("--overwrite", action="store_true", help="replace the exported model in DST")
     cli.add_verify_argument(add)
@@ -286,9 +287,11 @@ def _add_verify(commands) -> None:
     add("--prompt", help="text to compare on; by default one of ours")
     add("--image", metavar="FILE", help="picture to compare on; by default random pixels")
     add("--video", metavar="FILE", help="video to compare on; by default random frames")
-    add("--max-kl", type=float, default=1e-3, metavar="NATS", help="largest divergence of the next "
+    add("--max-kl", type=cli.number("[0, 1e6]"), default=1e-3, metavar="NATS",
+        help="largest divergence of the next "
         "token's distribution that passes; by default %(default)s")  # fmt: skip
-    add("--tokens", type=int, default=32, metavar="N", help="greedy tokens to compare; by default "
+    add("--tokens", type=cli.whole_number("[1, 2**20]"), default=32, metavar="N",
+        help="greedy tokens to compare; by default "
         "%(default)s")  # fmt: skip
 
 

@@ -326,10 +326,15 @@ def _parser() -> argparse.ArgumentParser:
     endings = " ".join(sorted(VIDEOS | IMAGES))
     what.add_argument("--videos", metavar="DIR", help=f"encodes all files below it of {endings}")
     what.add_argument("--dataset", metavar="NAME", help="encodes a TFDS dataset that has frames")
-    add("--fps", type=float, default=2.0, help="frames per second of --videos (default: 2)")
+    add(
+        "--fps",
+        type=cli.number("[1e-3, 1000]"),
+        default=2.0,
+        help="frames per second of --videos (default: 2)",
+    )
     add(
         "--workers",
-        type=int,
+        type=cli.whole_number("[1, 1024]"),
         metavar="N",
         default=min(os.cpu_count() or 1, MOST_WORKERS),
         help="processes that decode (default: one per core, at most 32)",

@@ -296,11 +296,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--benchmarks", metavar="A,B", help="datasets, of those of the config; by default all")
     add("--split", help="of the datasets; by default those that the config names")
     add(
-        "--batch-size", type=int, metavar="B", help="conversations at a time; default: the config's"
+        "--batch-size",
+        type=cli.whole_number("[1, 2**20]"),
+        metavar="B",
+        help="conversations at a time; default: the config's",
     )
     add(
         "--silence-threshold",
-        type=float,
+        type=cli.number("[0, 1]"),
         metavar="P",
         help="the model speaks where the probability of silence is below P in [0, 1]; by default "
         "where silence is not the likeliest",

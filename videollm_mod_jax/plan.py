@@ -157,7 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="a file of configs/")
     add("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p:2x2x2, h200:8, cpu:8")
-    add("--memory", type=float, metavar="GB", help="GiB per device; by default the chip's")
+    add(
+        "--memory",
+        type=cli.number("(0, 1e6]"),
+        metavar="GB",
+        help="GiB per device; by default the chip's",
+    )
     add("--json", metavar="FILE", help="write the numbers there, too")
     add("--compare", choices=["full"], help="put the model without routing beside it")
     add("--max-frames", action="store_true", help="find the longest stream that fits")

@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", metavar="DIR", default="datasets", help="writes DIR/NAME (default: datasets)")
     add(
         "--max-frames",
-        type=int,
+        type=cli.whole_number("[1, 2**20]"),
         metavar="F",
         default=MAX_FRAMES,
         help="frames of the longest record, data.frames of the config that will use it; the page "

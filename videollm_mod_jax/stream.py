@@ -284,20 +284,37 @@ def _parser() -> argparse.ArgumentParser:
     cli.add_int8_argument(parser)
     cli.add_verify_argument(add)
     add("--video", required=True, metavar="FILE", help="any file or URL that FFmpeg reads")
-    add("--fps", type=float, default=2.0, help="frames per second that the model sees; take the "
+    add("--fps", type=cli.number("[1e-3, 1000]"), default=2.0,
+        help="frames per second that the model sees; take the "
         "rate of its training")  # fmt: skip
     add("--ask", action="append", default=[], metavar='"SECONDS: QUESTION"', help="ask in "
         'mid-stream, such as "12.5: How many digits so far?"; may be repeated')  # fmt: skip
     add("--out", metavar="FILE.mp4", help="write the video with its narration drawn below it")
     add("--show-routing", metavar="FILE.mp4", help="write the video with the patches of every "
         "frame that its routed layers keep")  # fmt: skip
-    add("--silence-threshold", type=float, metavar="P", help="speak where the probability of "
+    add("--silence-threshold", type=cli.number("[0, 1]"), metavar="P",
+        help="speak where the probability of "
         "silence is below P in [0, 1]; by default where silence is not the likeliest")  # fmt: skip
-    add("--temperature", type=float, default=0.0, help="0 is greedy; more samples answers")
-    add("--seed", type=int, default=0, help="of sampling")
-    add("--max-frames", type=int, default=1200, help="frames that the caches have room for")
-    add("--max-text-tokens", type=int, default=4096, help="text tokens that they have room for")
-    add("--max-new-tokens", type=int, default=64, help="longest answer")
+    add(
+        "--temperature",
+        type=cli.number("[0, 1000]"),
+        default=0.0,
+        help="0 is greedy; more samples answers",
+    )
+    add("--seed", type=cli.whole_number("[0, 2**31)"), default=0, help="of sampling")
+    add(
+        "--max-frames",
+        type=cli.whole_number("[1, 2**31)"),
+        default=1200,
+        help="frames that the caches have room for",
+    )
+    add(
+        "--max-text-tokens",
+        type=cli.whole_number("[1, 2**31)"),
+        default=4096,
+        help="text tokens that they have room for",
+    )
+    add("--max-new-tokens", type=cli.whole_number("[1, 2**31)"), default=64, help="longest answer")
     add("--request", metavar="TEXT", help="ask this after the first frame; models that learnt from "
         "Ego4D expect it (prepare --page ego4d_narration)")  # fmt: skip
     add("--system", help="instruction that opens the dialogue; by default that of the training")

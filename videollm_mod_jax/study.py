@@ -399,7 +399,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--workers",
-        type=int,
+        type=cli.whole_number("[1, 1024]"),
         metavar="N",
         help="runs at a time (default: one per GPU; without a GPU one per CPU core)",
     )
