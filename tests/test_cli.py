@@ -1,10 +1,16 @@
 """Numbers of the command line: read in one place, in their range or refused with one message."""
 
 import argparse
+import os
+import subprocess
+import sys
 
 import pytest
+import rich.table
 
 from videollm_mod_jax import benchmark, cli, convert, encode, evaluate, plan, prepare, stream, study
+from videollm_mod_jax.console import make_console
+from videollm_mod_jax.errors import UserError
 
 
 def actions(parser):
@@ -37,3 +43,36 @@ def test_numbers_in_their_range_are_read():
         cli.number("(0, 1000]")("0")
     with pytest.raises(argparse.ArgumentTypeError, match=r"found '2.5'; expected a whole number"):
         cli.whole_number("[1, 2**20]")("2.5")
+
+
+NAME = "a[/x] [bold]b :smile: \x1b[2J"
+
+
+def test_a_console_prints_names_as_they_are_and_no_control_sequences(capsys):
+    table = rich.table.Table(NAME, title=NAME)
+    table.add_row(NAME)
+    console = make_console()
+    console.print(NAME)
+    console.print(table)
+    console.print("two\nlines")
+    printed = capsys.readouterr().out
+    assert printed.count("a[/x] [bold]b :smile: \\x1b[2J") == 4
+    assert "\x1b" not in printed
+    assert "two\nlines" in printed
+
+
+def test_an_error_is_one_line_without_control_sequences(capsys):
+    def fail():
+        raise UserError(f"{NAME}\nis no video")
+
+    assert cli.report_user_errors(fail) == 2
+    error = capsys.readouterr().err
+    assert error == "error: a[/x] [bold]b :smile: \\x1b[2J\\nis no video\n"
+
+
+def test_an_output_that_has_few_characters_is_written_with_escapes():
+    code = "import sys; from videollm_mod_jax import cli; from videollm_mod_jax.console import *; "
+    code += "sys.exit(cli.report_user_errors(lambda: make_console().print('\\u2193 \\xe9')))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, b"\\u2193 \\xe9\n"), done.stderr

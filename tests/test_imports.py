@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "videollm_mod_jax"
 NAME = PACKAGE.name
 
-BASE = {"errors", "names", "config_dict", "locks", "signals"}
+BASE = {"errors", "names", "config_dict", "console", "locks", "signals"}
 """Modules beside the folders that import nothing but each other; every folder may import them."""
 
 ALLOWED = {

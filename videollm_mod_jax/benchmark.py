@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import rich.console
 from rich.table import Table
 
 from videollm_mod_jax import cli
@@ -33,6 +33,7 @@ from videollm_mod_jax.benchmarking.kernels import benchmark_kernels
 from videollm_mod_jax.benchmarking.memory import benchmark_memory, check_rising
 from videollm_mod_jax.benchmarking.streaming import StreamSettings, benchmark_stream
 from videollm_mod_jax.benchmarking.training import benchmark_training
+from videollm_mod_jax.console import make_console
 from videollm_mod_jax.data.config import DataConfig
 from videollm_mod_jax.experiment import plain, read_training
 from videollm_mod_jax.locks import locked
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     if arguments.verb == "summary":
         console.print(f"wrote {summary.write(arguments.directory)}")
         return
@@ -79,7 +80,9 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
         _measure(arguments, overrides, console)
 
 
-def _measure(arguments: argparse.Namespace, overrides: list[str], console: Console) -> None:
+def _measure(
+    arguments: argparse.Namespace, overrides: list[str], console: rich.console.Console
+) -> None:
     # Before an hour of measuring, not after it.
     report.path(arguments.out, arguments.verb)
     benchmark = _BENCHMARKS[arguments.verb]
@@ -92,7 +95,7 @@ def _measure(arguments: argparse.Namespace, overrides: list[str], console: Conso
     file = report.write(arguments.out, arguments.verb, result)
     written = report.read(file)
     for table in benchmark.tables(written):
-        Console().print(table)
+        make_console().print(table)
     for path in (file, *benchmark.draw(written, arguments.out)):
         console.print(f"wrote {path}")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from ml_collections import config_flags
 from videollm_mod_jax import signals
 from videollm_mod_jax.config_dict import Interval
 from videollm_mod_jax.errors import UserError, fault_of_machine
+from videollm_mod_jax.names import printable
 from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.checkpoint import best_step
 
@@ -60,6 +62,7 @@ def report_user_errors(
     _open_missing_streams()
     # Libraries report every file they touch; what a user wants to see, we print.
     logging.set_verbosity(logging.FATAL)
+    prepare_output()
     try:
         with signals.interruptible(left, _say):
             run()
@@ -109,7 +112,7 @@ def _open_missing_streams() -> None:
 def _say(message: str) -> None:
     """Prints one line on stderr, if anybody can read it."""
     with contextlib.suppress(OSError, ValueError):
-        print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 def _give_up(stream: TextIO) -> None:
@@ -154,6 +157,13 @@ def _reader(kind: Callable[[str], float], interval: Interval) -> Callable[[str],
         return value
 
     return read
+
+
+def prepare_output() -> None:
+    """Has stdout and stderr print an escape for a character that their encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,7 +227,7 @@ def join_processes(arguments: argparse.Namespace) -> None:
 
 def _end(status: int, message: str) -> int:
     if jax.distributed.is_initialized():
-        distributed.end_all(status, " ".join(message.splitlines()))
+        distributed.end_all(status, printable(message))
     _say(message)
     return status
 
@@ -255,7 +265,8 @@ def run_with_config(run: Callable[..., None], progress: Callable[[Path], str]) -
     flags.mark_flags_as_required(["config", "workdir"])
 
     def refuse(message: str) -> NoReturn:
-        print(f"error: {message}; see --help", file=sys.stderr)
+        prepare_output()
+        print(f"error: {printable(message)}; see --help", file=sys.stderr)
         sys.exit(2)
 
     def parse(argv: Sequence[str]) -> list[str]:

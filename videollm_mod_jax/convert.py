@@ -18,6 +18,7 @@ from pathlib import Path
 import rich.console
 
 from videollm_mod_jax import cli
+from videollm_mod_jax.console import make_console
 from videollm_mod_jax.conversion import hub
 from videollm_mod_jax.conversion.exporting import DTYPES as EXPORT_DTYPES
 from videollm_mod_jax.conversion.exporting import export_model
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status: 0, 1 when `verify` found a difference, 2 after bad input, 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
-    console = rich.console.Console(stderr=True)
+    console = make_console(stderr=True)
     verdicts: list[bool | None] = []
     status = cli.report_user_errors(
         lambda: verdicts.append(arguments.run(arguments, console)), _RESUMABLE
@@ -137,13 +138,13 @@ def _verify(arguments: argparse.Namespace, console: rich.console.Console) -> boo
         video=arguments.video,
         max_kl=arguments.max_kl,
         tokens=arguments.tokens,
-        console=rich.console.Console(),
+        console=make_console(),
     )
 
 
 def _inspect(arguments: argparse.Namespace, console: rich.console.Console) -> None:
     del console  # of progress bars, which go to stderr
-    inspect(hub.resolve(arguments.path), rich.console.Console())
+    inspect(hub.resolve(arguments.path), make_console())
 
 
 def _options(arguments: argparse.Namespace) -> Options:

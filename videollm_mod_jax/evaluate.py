@@ -21,9 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from videollm_mod_jax import cli
+from videollm_mod_jax.console import make_console
 from videollm_mod_jax.data import files
 from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.data.sources import TRAINED_ON, Sources
@@ -257,7 +256,7 @@ def _main(arguments: argparse.Namespace, overrides: list[str]) -> None:
         int8=arguments.int8,
     )
     if distributed.is_lead():
-        reporting.show([*beside, report], Console())
+        reporting.show([*beside, report], make_console())
 
 
 def _read_beside(out: Path) -> reporting.Report:

@@ -16,10 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from videollm_mod_jax import cli
+from videollm_mod_jax.console import make_console
 from videollm_mod_jax.experiment import plain, read_training
 from videollm_mod_jax.models import VideoLLMConfig
 from videollm_mod_jax.models.config import full_computation
@@ -99,8 +99,7 @@ def _table(title: str, plans: Sequence[Plan]) -> Table:
     for plan in plans:
         table.add_column(f"{plan.name}, {plan.frames} frames", justify="right")
     for row in dict.fromkeys(row for column in columns for row in column):
-        # Names of what was measured stand in brackets, which rich would take for markup.
-        table.add_row(row.replace("[", r"\["), *(column.get(row, "") for column in columns))
+        table.add_row(row, *(column.get(row, "") for column in columns))
     return table
 
 
@@ -125,7 +124,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
             return plan_streaming(model, scaled, target, limit)
         return plan_training(model, scaled, training, target, limit)
 
-    console, plans = Console(), []
+    console, plans = make_console(), []
 
     def report(plan: Plan) -> None:
         console.print(f"{plan.name}, {plan.frames} frames: {_rows(plan)['verdict']}")

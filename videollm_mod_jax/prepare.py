@@ -14,11 +14,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from videollm_mod_jax import cli
+from videollm_mod_jax.console import make_console
 from videollm_mod_jax.data import files
 from videollm_mod_jax.data.annotations import Report, Source
 from videollm_mod_jax.data.builders import registry
@@ -53,7 +53,7 @@ def _print_names() -> None:
     for name, dataset in registry.DATASETS.items():
         paragraphs = (p for p in dataset.page.split("\n\n") if p and p[0] != "#")
         table.add_row(name, Text(" ".join(next(paragraphs).split())))
-    Console().print(table)
+    make_console().print(table)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -113,7 +113,7 @@ def _print_splits(splits: Mapping[str, Split]) -> None:
     for name, split in splits.items():
         counts = (split.records, split.videos, split.frames, split.turns)
         table.add_row(name, *(f"{count:,}" for count in counts))
-    Console().print(table)
+    make_console().print(table)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -35,6 +35,7 @@ from rich.console import Console
 
 from videollm_mod_jax import cli
 from videollm_mod_jax.config_dict import build
+from videollm_mod_jax.console import make_console
 from videollm_mod_jax.data import files
 from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.data.sources import TRAIN, Sources
@@ -278,7 +279,7 @@ def _prepare(table: Table, workdir: Path) -> None:
 def _open(table: str, workdir: Path) -> Material:
     """What all runs share, made unless it is there; once per process."""
     settings, experiment = read(json.loads(table))
-    console = Console(quiet=True)
+    console = make_console(quiet=True)
     sources = Sources(experiment.data, workdir)
     tokenizer = sources.make_tokenizer()
     model = experiment.model
@@ -374,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         jax.config.update("jax_platforms", "cpu")
         table = plain(cli.read_config(arguments.config, overrides))
         only = [name for name in arguments.only.split(",") if name]
-        study(table, arguments.workdir.absolute(), only, arguments.workers, Console())
+        study(table, arguments.workdir.absolute(), only, arguments.workers, make_console())
 
     return cli.report_user_errors(run, "interrupted; the same command continues the study")
 

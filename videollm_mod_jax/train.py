@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from videollm_mod_jax import cli
+from videollm_mod_jax.console import make_console
 from videollm_mod_jax.data import digits, files
 from videollm_mod_jax.data.pipeline import Examples, evaluation_batches
 from videollm_mod_jax.data.sources import TRAIN, TRAINED_ON, Sources, check_stored
@@ -91,7 +92,7 @@ def train(
         process trains there.
     """
     table, workdir = plain(config), Path(workdir)
-    console = Console(quiet=not distributed.is_lead())
+    console = make_console(quiet=not distributed.is_lead())
     experiment = Experiment.from_table(table)
     # Refuse what cannot be used before anything is written.
     if experiment.data.tokenizer:

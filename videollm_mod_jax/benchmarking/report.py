@@ -65,6 +65,5 @@ def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]])
     for column in columns:
         out.add_column(column, justify="right")
     for label, cells in rows.items():
-        # Units stand in brackets, which rich would take for markup.
-        out.add_row(label.replace("[", r"\["), *cells)
+        out.add_row(label, *cells)
     return out

@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
+
+from videollm_mod_jax.console import make_console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def measure(
       By name, in the order of `variants`.
     """
     seconds = {name: [] for name in variants}
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     shown = {"console": console, "transient": True, "disable": not console.is_terminal}
     # Drawn between rounds only: a thread that draws would take part of a core.
     with Progress(auto_refresh=False, **shown) as progress:

@@ -84,7 +84,7 @@ def byte_progress(console: rich.console.Console) -> progress.Progress:
         progress.DownloadColumn(),
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         console=console,
         # Logs get the report that follows, not a bar.
         disable=not console.is_terminal,

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import rich.console
-import rich.markup
 import rich.table
 from flax.traverse_util import flatten_dict
 
@@ -35,7 +34,7 @@ def inspect(path: Path, console: rich.console.Console) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, rich.markup.escape(value))
+        table.add_row(name, value)
     console.print(table)
 
 

@@ -15,6 +15,7 @@ import jax
 import rich.console
 import rich.progress
 
+from videollm_mod_jax.console import make_console
 from videollm_mod_jax.data import files
 from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.losses import Sums
@@ -96,12 +97,12 @@ class Log:
         """Goes on after update `done` of `steps`, with a line every `log_every` updates."""
         self._steps, self._log_every = steps, log_every
         self._writer = Writer(directory, done) if distributed.is_lead() else None
-        self._console = rich.console.Console(stderr=True, quiet=not distributed.is_lead())
+        self._console = make_console(stderr=True, quiet=not distributed.is_lead())
         self._progress = rich.progress.Progress(
             rich.progress.TextColumn("training"),
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[state]}"),
+            rich.progress.TextColumn("{task.fields[state]}", markup=False),
             rich.progress.TimeRemainingColumn(),
             console=self._console,
         )

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from rich import progress
-from rich.console import Console
 
+from videollm_mod_jax.console import make_console
 from videollm_mod_jax.data import files
 from videollm_mod_jax.data.annotations import Dataset, Record, Source, Turn
 from videollm_mod_jax.data.builders.counting import CountedSplit, Split
@@ -255,11 +255,11 @@ def _tracked(records: Iterable[Record], task: str) -> Iterator[Record]:
     """The records, with a progress bar; nobody knows how many there will be."""
     columns = (
         progress.SpinnerColumn(),
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.TextColumn("{task.completed:,.0f} records"),
         progress.TimeElapsedColumn(),
     )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress.Progress(*columns, console=make_console(stderr=True)) as bar:
         yield from bar.track(records, description=task)
 
 
