@@ -215,3 +215,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match=r"a\.mp4: expected 1 frame or more"):
         write_video(tmp_path / "a.mp4", [], 2.0)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1e300])
+def test_a_rate_without_sense_is_refused_before_the_file_is_opened(tmp_path, fps):
+    with pytest.raises(UserError, match="fps: expected more than 0"):
+        next(iter(read_video(tmp_path / "none.mp4", fps)))

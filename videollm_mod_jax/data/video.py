@@ -47,10 +47,12 @@ def read_video(
       Frames with time = k / fps, k = 0, 1, ... up to the time of the last frame of the video.
 
     Raises:
-      UserError: a missing or unreadable file, no such video stream, no frames, or `fps` <= 0.
+      UserError: a missing or unreadable file, no such video stream, no frames, or `fps`
+        is not in (0, 1000].
     """
-    if not fps > 0:
-        raise UserError(f"{path}: fps: expected more than 0, found {fps}")
+    # A rate without bound would repeat the first frame without end.
+    if not 0 < fps <= 1000:
+        raise UserError(f"{path}: fps: expected more than 0 and at most 1000, found {fps}")
     try:
         with av.open(os.fspath(path)) as container:
             chosen = _video_stream(container, stream, path)

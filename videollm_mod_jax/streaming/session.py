@@ -105,8 +105,10 @@ class StreamingSession:
         """
         model.config.require("decoder", "vision")
         check_threshold(silence_threshold)
-        if temperature < 0:
-            raise UserError(f"temperature is {temperature}; expected 0 (greedy) or more")
+        if not 0 <= temperature <= 1000:
+            raise UserError(
+                f"temperature is {temperature}; expected 0 (greedy) or more, at most 1000"
+            )
         for name, value, least in (
             ("max_frames", max_frames, 1),
             ("max_new_tokens", max_new_tokens, 2),
