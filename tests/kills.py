@@ -192,6 +192,8 @@ def _run(
         sys.addaudithook(hook)
         sys.argv = [command.module, *command.arguments(work, out)]
         status = 0
+        # It runs as the main module; what it imports stays.
+        del sys.modules[f"videollm_mod_jax.{command.module}"]
         try:
             runpy.run_module(f"videollm_mod_jax.{command.module}", run_name="__main__")
         except SystemExit as end:
