@@ -9,6 +9,7 @@ import shutil
 import jax
 import pytest
 
+from tests.ended import status_of
 from videollm_mod_jax import evaluate
 from videollm_mod_jax.data.sources import TRAINED_ON, Sources
 from videollm_mod_jax.errors import UserError
@@ -173,8 +174,8 @@ def test_a_model_of_8_bit_weights_is_named_so(run, results, tmp_path, capsys):
     ("more", "message"),
     [
         (["--split", "holdout"], "holdout"),
-        (["--batch-size", "0"], "--batch-size is 0"),
-        (["--silence-threshold", "-1"], "silence_threshold is -1"),
+        (["--batch-size", "0"], "--batch-size is '0'; expected a whole number"),
+        (["--silence-threshold", "-1"], "--silence-threshold is '-1'; expected a number in [0, 1]"),
         (["--checkpoint", "nowhere"], "nowhere"),
         (["--benchmarks", "coin_step"], "--benchmarks names 'coin_step'"),
         (["--config", "nowhere.py"], "there is no file nowhere.py"),
@@ -185,7 +186,7 @@ def test_a_model_of_8_bit_weights_is_named_so(run, results, tmp_path, capsys):
 )
 def test_bad_input_is_one_line(run, tmp_path, capsys, more, message):
     out = tmp_path / "results"
-    assert evaluate.main(["--checkpoint", str(run), "--out", str(out), *more]) == 2
+    assert status_of(evaluate.main, ["--checkpoint", str(run), "--out", str(out), *more]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", error)
     assert not out.exists()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_sources
+from tests.ended import status_of
 from videollm_mod_jax import prepare
 from videollm_mod_jax.data.annotations import Report
 from videollm_mod_jax.data.builders import registry
@@ -99,7 +100,7 @@ def test_nothing_kept_is_reported_and_status_2(source, tmp_path, capsys):
         ({"--source": None, "--features": None}, "--source and --features: missing"),
         ({"--source": "nowhere"}, "--source: there is no directory nowhere"),
         ({"--features": "nowhere"}, "nowhere: not a feature store"),
-        ({"--max-frames": "0"}, "--max-frames is 0; expected 1 or more"),
+        ({"--max-frames": "0"}, "--max-frames is '0'; expected a whole number"),
         ({"--dataset": "coin_step"}, "COIN.json"),
     ],
 )
@@ -109,7 +110,7 @@ def test_what_cannot_be_prepared_is_one_line_and_status_2(
     given = dict(zip(source[::2], source[1::2], strict=True))
     given = {"--dataset": "own", "--out": f"{tmp_path / 'out'}"} | given | changes
     flags = [part for pair in given.items() if pair[1] is not None for part in pair]
-    assert prepare.main(flags) == 2
+    assert status_of(prepare.main, flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_stream
+from tests.ended import status_of
 from videollm_mod_jax import stream
 from videollm_mod_jax.data.video import Frame, read_video, write_video
 from videollm_mod_jax.errors import UserError
@@ -77,16 +78,16 @@ def test_streams_a_model_of_8_bit_weights(run, monkeypatch):
         (["--ask", "How many?"], 'expected "SECONDS: QUESTION"'),
         (["--ask", "-1: How many?"], 'expected "SECONDS: QUESTION"'),
         (["--ask", "1:"], 'expected "SECONDS: QUESTION"'),
-        (["--fps", "0"], "--fps is 0"),
+        (["--fps", "0"], "--fps is '0'; expected"),
         (["--video", "missing.mp4"], "missing.mp4"),
         (["--checkpoint", "nowhere"], "nowhere"),
-        (["--silence-threshold", "3"], "silence_threshold is 3"),
+        (["--silence-threshold", "3"], "--silence-threshold is '3'; expected a number in [0, 1]"),
         (["--fps", "8"], "max_frames = 6"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(run, tmp_path, capsys, more, message):
     out = tmp_path / "narrated.mp4"
-    assert stream.main(command(run, "--out", str(out), *more)) == 2
+    assert status_of(stream.main, command(run, "--out", str(out), *more)) == 2
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.err.count("\n") == 1

@@ -187,7 +187,7 @@ _BENCHMARKS = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m videollm_mod_jax.benchmark",
         description="Measures what routing saves: times, operations and memory of the model of a "
         "config and of the same without routing, in turn, beside the floor.",

@@ -127,6 +127,21 @@ def _give_up_if_full(stream: TextIO) -> None:
         _give_up(stream)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with status 2.
+
+        ```
+        argument --fps: found '0'; expected x    ->    error: --fps is '0'; expected x; see --help
+        ```
+        """
+        said = message.removeprefix("argument ").replace(": found ", " is ", 1)
+        prepare_output()
+        self.exit(2, f"error: {printable(said)}; see --help\n")
+
+
 def number(interval: str) -> Callable[[str], float]:
     """Returns a `type=` of argparse that reads a number and keeps its range.
 

@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         for family in (*FAMILIES, *ADAPTERS)
     )
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m videollm_mod_jax.convert",
         description=__doc__,
         epilog=f"Families, with names on the Hub:\n{families}\n\nEach command has its own --help.",

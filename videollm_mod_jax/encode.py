@@ -314,7 +314,7 @@ def _report(source: FeatureSource) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m videollm_mod_jax.encode",
         description="Encodes the frames of videos with the vision tower of a model.",
     )

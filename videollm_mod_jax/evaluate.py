@@ -277,7 +277,7 @@ def _judge(arguments: argparse.Namespace) -> Judge:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m videollm_mod_jax.evaluate",
         description="Evaluates a trained model on all benchmarks of a config.",
         allow_abbrev=False,

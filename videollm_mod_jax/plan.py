@@ -147,7 +147,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m videollm_mod_jax.plan",
         description="Compiles a config's step for hardware that need not be here. Keys of the "
         "config are overridden as in train: --config.training.microbatches=4.",

@@ -117,7 +117,7 @@ def _print_splits(splits: Mapping[str, Split]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m videollm_mod_jax.prepare",
         description="Turns the annotations of a dataset into records about encoded videos.",
     )

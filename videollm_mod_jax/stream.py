@@ -272,7 +272,7 @@ def _say(caption: Caption) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m videollm_mod_jax.stream",
         description="Plays a video to a trained model, frame by frame. The model speaks when it "
         "chooses to, and answers your questions at their times; then its speed is reported.",

@@ -381,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m videollm_mod_jax.study",
         description="Trains and evaluates all variants of the paper's study at small size, "
         "measures what they cost, and writes a report with the paper's tables beside its own.",
