@@ -95,6 +95,7 @@ def export_adapter(
       names: of the tensors that it came with, which are restored.
       original: the `adapter_config.json` that it came with; it is kept if it still holds.
     """
+    config.require("decoder", *(["vision"] if layout in llava.LAYOUTS else []))
     known = parse_names(names, "the manifest")
     weighting = config.routing.weighting
     routed = tuple(i for i, spec in enumerate(config_plan(config)) if spec.keep is not None)

@@ -9,6 +9,7 @@ that transformers uses as it used the first one.
 import shutil
 from pathlib import Path
 
+from videollm_mod_jax.conversion.links import check_inside
 from videollm_mod_jax.training.checkpoint import COMPANIONS
 
 _PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
@@ -24,25 +25,34 @@ def keep_companions(source: Path, model: Path, role: str) -> None:
       source: as downloaded from the Hub.
       model: directory of the model that is made of it.
       role: of the part, as in `Part`.
+
+    Raises:
+      UserError: one is a link out of the source directory.
     """
     kept = model / COMPANIONS / role
-    for file in _companions(source):
+    for file in _companions(source, source):
         kept.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, kept / file.name)
 
 
 def restore_companions(model: Path, role: str, destination: Path) -> None:
-    """Copies them to a directory that is exported, where there are any."""
-    for file in _companions(model / COMPANIONS / role):
+    """Copies them to a directory that is exported, where there are any.
+
+    Raises:
+      UserError: one is a link out of the model's directory.
+    """
+    for file in _companions(model / COMPANIONS / role, model):
         shutil.copyfile(file, destination / file.name)
 
 
-def _companions(directory: Path) -> list[Path]:
+def _companions(directory: Path, root: Path) -> list[Path]:
     found = {file for pattern in _PATTERNS for file in directory.glob(pattern) if file.is_file()}
-    return sorted(
+    kept = sorted(
         file
         for file in found
         if file.name not in _OURS
         and not file.name.endswith(".index.json")
         and file.stat().st_size <= _MOST_BYTES
     )
+    check_inside(root, kept)
+    return kept

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import rich.console
 from rich import progress
 
 from videollm_mod_jax.errors import UserError
+
+JOURNAL = "journal.json"
+"""In a work directory: that a conversion made it, and what is in it."""
+
+REPLACED = "replaced"
+"""In a work directory: what was at the destination."""
 
 _FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
 
@@ -35,6 +42,33 @@ def check_free(destination: Path, overwrite: bool, mark: str) -> None:
             f"{destination} holds no {mark}, so it is nothing that a conversion wrote, and "
             "--overwrite does not delete it; name another directory"
         )
+
+
+def check_work(work: Path) -> None:
+    """Checks that a work directory is free, or left by an interrupted conversion of this user.
+
+    Its name can be guessed: in a directory that others may write to, one of them may have put a
+    link there, or a directory whose content is theirs to change.
+
+    Raises:
+      UserError: it is a link, a file, a directory of somebody else, or holds something without the
+        journal that every conversion writes first.
+    """
+    try:
+        found = work.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{work} cannot be read: {error.strerror}") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        kind = "a link" if stat.S_ISLNK(found.st_mode) else "no directory of yours"
+        raise UserError(
+            f"{work} is in the way and is {kind}; expected nothing there, or the directory of an "
+            "interrupted conversion: move it elsewhere or name another destination"
+        )
+    names = [path.name for path in work.iterdir()]
+    if JOURNAL not in names and any(not name.startswith(".") for name in names):
+        raise UserError(f"{work} is in the way and no conversion wrote it; move it elsewhere")
 
 
 def check_space(directory: Path, needed: int) -> None:
@@ -68,13 +102,21 @@ def full_disk_is_a_user_error(directory: Path) -> Iterator[None]:
 
 
 def put_in_place(complete: Path, destination: Path) -> None:
-    """Renames a complete directory to the destination, which is replaced if it is there."""
-    replaced = destination.with_name(f".{destination.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
+    """Renames a complete directory to the destination, and removes the work directory it was in.
+
+    What is at the destination is moved to the work directory first, and back if that fails.
+    """
+    work = complete.parent
     if destination.exists():
-        os.rename(destination, replaced)
-    os.rename(complete, destination)
-    shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(work / REPLACED, ignore_errors=True)
+        os.rename(destination, work / REPLACED)
+    try:
+        os.rename(complete, destination)
+    except OSError:
+        if (work / REPLACED).exists():
+            os.rename(work / REPLACED, destination)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def byte_progress(console: rich.console.Console) -> progress.Progress:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from videollm_mod_jax.conversion import llama, llava, vision
+from videollm_mod_jax.conversion.links import check_inside
 from videollm_mod_jax.conversion.plan import Draft, Options, Part
 from videollm_mod_jax.conversion.source import Source, open_source
 from videollm_mod_jax.data.files import read_json
@@ -18,8 +19,9 @@ def read_config(directory: Path) -> Mapping[str, Any]:
     """The config.json of a directory.
 
     Raises:
-      UserError: it is missing, or not a table of keys.
+      UserError: it is missing, a link out of the directory, or not a table of keys.
     """
+    check_inside(directory, [directory / CONFIG])
     hf = read_json(directory / CONFIG)
     if not isinstance(hf, Mapping):
         raise UserError(f"{directory / CONFIG} is not a table of keys; expected that of a model")
@@ -104,10 +106,17 @@ def draft_tower(directory: Path) -> tuple[Part, VisionConfig]:
 
 
 def find_tokenizer(options: Options, *directories: Path) -> Path | None:
-    """The directory that `--tokenizer` names, or the first of some that holds `tokenizer.json`."""
+    """The directory that `--tokenizer` names, or the first of some that holds `tokenizer.json`.
+
+    Raises:
+      UserError: its files are links out of the directory.
+    """
     if options.tokenizer is not None:
         return options.tokenizer
-    return next((d for d in directories if (d / "tokenizer.json").is_file()), None)
+    found = next((d for d in directories if (d / "tokenizer.json").is_file()), None)
+    if found is not None:
+        check_inside(found, [found / "tokenizer.json", found / "tokenizer_config.json"])
+    return found
 
 
 def find_layout(probes: Mapping[str, Iterable[str]], names: Iterable[str]) -> str:
@@ -129,6 +138,7 @@ def read_processor(directory: Path) -> Mapping[str, Any] | None:
     """
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (directory / name).is_file():
+            check_inside(directory, [directory / name])
             values = read_json(directory / name)
             return values if name.startswith("pre") else values.get("image_processor")
     return None

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 
@@ -17,14 +18,17 @@ from videollm_mod_jax.conversion import destination as output
 from videollm_mod_jax.conversion.adapter import export_adapter
 from videollm_mod_jax.conversion.companions import restore_companions
 from videollm_mod_jax.conversion.families import Export, export_plan
+from videollm_mod_jax.conversion.links import check_inside
 from videollm_mod_jax.conversion.loading import CACHED_BYTES, slabs
 from videollm_mod_jax.conversion.manifest import Manifest, PartRecord, read_manifest
 from videollm_mod_jax.conversion.safetensors_writer import create_file
 from videollm_mod_jax.conversion.stored_model import StoredModel
 from videollm_mod_jax.conversion.table import Entry
+from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.training.checkpoint import write_json
 
+_JOURNAL = {"kind": "export"}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -100,8 +104,9 @@ def export_model(
     tensors = [_tensors(model, piece, dtype) for piece in chosen]
     total = sum(_size(*tensor) for group in tensors for tensor in group.values())
     output.check_space(destination.parent, total)
-    work = destination.with_name(destination.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
+    with output.full_disk_is_a_user_error(destination.parent):
+        work = _open_work(destination)
+    complete = work / "export"
     try:
         with (
             output.full_disk_is_a_user_error(destination.parent),
@@ -109,19 +114,38 @@ def export_model(
         ):
             task = bar.add_task("", total=total)
             for piece, group in zip(chosen, tensors, strict=True):
-                where = work if len(chosen) == 1 else work / piece.role
+                where = complete if len(chosen) == 1 else complete / piece.role
                 slots = _create_files(where, piece.role, group, shard_bytes)
                 for name, size in _write_tensors(model, piece, slots, merge):
                     bar.update(task, advance=size, description=name)
                 _write_description(where, piece, directory, dtype)
                 if piece.export.note:
                     console.print(piece.export.note)
-        output.put_in_place(work, destination)
+        output.put_in_place(complete, destination)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if len(chosen) == 1:
         return (destination,)
     return tuple(destination / piece.role for piece in chosen)
+
+
+def _open_work(destination: Path) -> Path:
+    """Makes the directory in which an export grows, in place of one that was killed.
+
+    Raises:
+      UserError: something else is there.
+    """
+    work = destination.with_name(destination.name + ".partial")
+    output.check_work(work)
+    if (work / output.JOURNAL).exists():
+        if read_json(work / output.JOURNAL) != _JOURNAL:
+            raise UserError(
+                f"{work} belongs to an interrupted from-hf; finish that one, or remove {work}"
+            )
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(work / output.JOURNAL, _JOURNAL)
+    return work
 
 
 def _pieces(
@@ -167,6 +191,11 @@ def _check_complete(
 ) -> None:
     """Checks that every variable goes somewhere, or was given up."""
     covered = {entry.target for piece in pieces for entry in piece.export.table.entries()}
+    if foreign := sorted(covered - set(model.shapes)):
+        raise UserError(
+            f"{model.directory} has no {foreign[0]}, which its conversion.json or --family calls "
+            "for; bring back the one that the conversion wrote, or name another --family"
+        )
     left = [path for path in model.shapes if path not in covered]
     if merge:
         left = [path for path in left if not path.startswith("lora/")]
@@ -207,7 +236,12 @@ def _tensors(model: StoredModel, piece: _Piece, dtype: str) -> _Tensors:
             kind = record.tensors[name].dtype
         else:
             kind = "float32" if piece.role == "adapter" else model.config.param_dtype
-        is_float = name not in table.buffers or not np.issubdtype(np.dtype(kind), np.integer)
+        is_float = jnp.issubdtype(np.dtype(kind), np.floating)
+        if name not in table.buffers and not is_float:
+            raise UserError(
+                f"{model.directory}/conversion.json has {name!r} as {kind}; expected floating "
+                "point; bring back the one that the conversion wrote"
+            )
         tensors[name] = (np.dtype(kind if dtype == "auto" or not is_float else dtype), shape)
     return tensors
 
@@ -315,6 +349,7 @@ def _write_description(directory: Path, piece: _Piece, model: Path, dtype: str) 
         config |= {key: dtype for key in ("torch_dtype", "dtype") if key in config}
     write_json(directory / "config.json", config)
     if piece.role == "model" and (model / "tokenizer.json").exists():
+        check_inside(model, [model / "tokenizer.json", model / "tokenizer_config.json"])
         shutil.copyfile(model / "tokenizer.json", directory / "tokenizer.json")
         if not (directory / "tokenizer_config.json").exists():
             shutil.copyfile(model / "tokenizer_config.json", directory / "tokenizer_config.json")

@@ -51,12 +51,14 @@ class Family(Listed):
       model_types: in `config.json`.
       draft: from (config.json, tensors, options) to what becomes of them.
       export: from (model, layout, the config.json it came with or None) to one directory.
-      layout: of the names in a directory made from a model that came from none.
+      layouts: of the names, which an export restores.
+      layout: that of a directory made from a model that came from none.
     """
 
     model_types: tuple[str, ...]
     draft: Callable[[Mapping[str, Any], Source, Options], Draft]
     export: Callable[[VideoLLMConfig, str, Mapping[str, Any] | None], Export]
+    layouts: tuple[str, ...]
     layout: str
 
 
@@ -115,12 +117,16 @@ def export_plan(
       original: the config.json that it came with; None for a model that was made here.
 
     Raises:
-      UserError: an unknown family, or one that cannot say what the model computes.
+      UserError: an unknown family or layout, or one that cannot say what the model computes.
     """
     found = next((one for one in FAMILIES if one.name == family), None)
     if found is None:
         known = ", ".join(one.name for one in FAMILIES)
         raise UserError(f"unknown family {family!r}; there are {known}")
+    if layout is not None and layout not in found.layouts:
+        raise UserError(
+            f"{layout!r} is no layout of the family {family}; there are {', '.join(found.layouts)}"
+        )
     return found.export(config, layout or found.layout, original)
 
 
@@ -156,7 +162,7 @@ def _export_tower(
 ) -> Export:
     config.require("vision")
     # The text side of a whole SigLIP or CLIP was left out, so it is a tower from now on.
-    is_tower = original is not None and original["model_type"] in vision.DEFAULTS
+    is_tower = original is not None and original.get("model_type") in vision.DEFAULTS
     return Export(
         table=vision.vision_table(config.vision, vision.LAYOUTS[layout]),
         config=original if is_tower else vision.vision_to_hf(config.vision),
@@ -195,6 +201,7 @@ def _decoder(name: str, title: str, *examples: str) -> Family:
         examples=examples,
         draft=drafting.draft_decoder,
         export=_export_decoder,
+        layouts=(llama.LAYOUT,),
         layout=llama.LAYOUT,
     )
 
@@ -207,6 +214,7 @@ def _tower(name: str, title: str, *examples: str) -> Family:
         examples=examples,
         draft=drafting.draft_tower_alone,
         export=_export_tower,
+        layouts=tuple(vision.LAYOUTS),
         layout="hf-5",
     )
 
@@ -219,6 +227,7 @@ def _llava(name: str, title: str, *examples: str, model_types: tuple[str, ...] =
         examples=examples,
         draft=drafting.draft_llava,
         export=_llava_exporter(name),
+        layouts=tuple(llava.LAYOUTS),
         layout="hf-5",
     )
 

@@ -22,6 +22,7 @@ import rich.console
 from flax.traverse_util import unflatten_dict
 from rich import progress
 
+from videollm_mod_jax.config_dict import build
 from videollm_mod_jax.conversion import destination as output
 from videollm_mod_jax.conversion.companions import keep_companions
 from videollm_mod_jax.conversion.loading import VariableReader, check_repeats, fresh_variables
@@ -35,6 +36,7 @@ from videollm_mod_jax.conversion.plan import Conversion
 from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.names import check_name
 from videollm_mod_jax.training import integrity
 from videollm_mod_jax.training.checkpoint import (
     CONFIG_FILE,
@@ -47,7 +49,6 @@ from videollm_mod_jax.training.checkpoint import (
 BATCH_BYTES = 256 * 2**20
 """Variables are saved in batches of at most this size, or one by one where one is larger."""
 
-_JOURNAL = "journal.json"
 _ORBAX = "weights"
 _CHUNK_BYTES = 64 * 2**20
 
@@ -80,22 +81,26 @@ def import_model(
     """
     _check_destination(destination, overwrite)
     work = destination.with_name(destination.name + ".partial")
-    _check_work(work)
-    try:
-        with output.full_disk_is_a_user_error(destination.parent):
-            return _import(conversion, destination, work, console)
-    except Exception:
-        # Not an interrupt, which leaves the work to be resumed.
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    output.check_work(work)
+    tokenizer = None if conversion.tokenizer is None else Tokenizer.load(conversion.tokenizer)
+    with output.full_disk_is_a_user_error(destination.parent):
+        journal = _resume(work, _fingerprint(conversion), console)
+        try:
+            return _import(conversion, destination, tokenizer, journal, console)
+        except Exception:
+            # Not an interrupt, which leaves the work to be resumed.
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 def _import(
-    conversion: Conversion, destination: Path, work: Path, console: rich.console.Console
+    conversion: Conversion,
+    destination: Path,
+    tokenizer: Tokenizer | None,
+    journal: "_Journal",
+    console: rich.console.Console,
 ) -> Manifest:
-    tokenizer = None if conversion.tokenizer is None else Tokenizer.load(conversion.tokenizer)
-    reader = VariableReader(conversion)
-    journal = _resume(work, _fingerprint(conversion), console)
+    reader, work = VariableReader(conversion), journal.work
     left = [path for path in reader.shapes if path not in journal.saved]
     output.check_space(destination.parent, sum(_size(reader, path) for path in left))
     check_repeats(conversion)
@@ -112,7 +117,6 @@ def _import(
     manifest = describe(conversion, dtypes, hashes)
     write_manifest(model, manifest)
     output.put_in_place(model, destination)
-    shutil.rmtree(work)
     return manifest
 
 
@@ -211,28 +215,39 @@ class _Journal:
 
     def write(self) -> None:
         """Records the state, and the directory entries that belong to it."""
-        values = {
-            "fingerprint": self.fingerprint,
-            "saved": self.saved,
-            "completing": self.completing,
-            "entries": sorted(p.name for p in _partial(self.work).glob("*")),
-        }
-        write_json(self.work / _JOURNAL, values)
+        entries = tuple(sorted(p.name for p in _partial(self.work).glob("*")))
+        record = _Record(
+            fingerprint=self.fingerprint,
+            saved=self.saved,
+            completing=self.completing,
+            entries=entries,
+        )
+        write_json(self.work / output.JOURNAL, dataclasses.asdict(record))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Record:
+    """What `journal.json` says: a `_Journal`, and the entries of the partial checkpoint."""
+
+    fingerprint: str
+    saved: tuple[str, ...]
+    completing: bool
+    entries: tuple[str, ...]
 
 
 def _resume(work: Path, fingerprint: str, console: rich.console.Console) -> _Journal:
     """Opens the work directory, with what an interrupted call of the same conversion left in it."""
-    if (work / _JOURNAL).exists():
-        stored = read_json(work / _JOURNAL)
+    if (work / output.JOURNAL).exists():
+        stored = _read_journal(work / output.JOURNAL)
         complete = any(path.exists() for path in (work / _ORBAX, work / "model" / WEIGHTS))
-        if stored["fingerprint"] != fingerprint:
+        if stored.fingerprint != fingerprint:
             console.print(f"{work} is of another conversion; starting over")
-        elif stored["completing"] and not complete:
+        elif stored.completing and not complete:
             console.print(f"{work} was interrupted while it was being completed; starting over")
         else:
-            _remove_unfinished(work, stored["entries"])
-            console.print(f"going on in {work}: {len(stored['saved'])} variables are there")
-            return _Journal(work, fingerprint, tuple(stored["saved"]), stored["completing"])
+            _remove_unfinished(work, stored.entries)
+            console.print(f"going on in {work}: {len(stored.saved)} variables are there")
+            return _Journal(work, fingerprint, stored.saved, stored.completing)
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     journal = _Journal(work, fingerprint)
@@ -240,19 +255,30 @@ def _resume(work: Path, fingerprint: str, console: rich.console.Console) -> _Jou
     return journal
 
 
-def _check_work(work: Path) -> None:
-    """Refuses a directory that is there for another reason: ours has had a journal ever since."""
-    names = [path.name for path in work.iterdir()] if work.exists() else []
-    if _JOURNAL not in names and any(not name.startswith(".") for name in names):
-        raise UserError(f"{work} is in the way and no conversion wrote it; move it elsewhere")
+def _read_journal(path: Path) -> _Record:
+    """Reads `journal.json` strictly: what it names is kept, and all else in its directory removed.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        record = build(_Record, read_json(path), str(path))
+        for i, name in enumerate(record.entries):
+            check_name(name, f"{path}.entries[{i}]")
+    except UserError as error:
+        raise UserError(
+            f"{error}; the work there cannot be resumed: remove {path.parent}"
+        ) from error
+    return record
 
 
 def _remove_unfinished(work: Path, entries: Sequence[str]) -> None:
     """Removes what the journal does not know: a batch that was being saved when the end came."""
-    known = {work / name for name in (_JOURNAL, _ORBAX, _partial(work).name, "model")}
+    ours = (output.JOURNAL, output.REPLACED, _ORBAX, _partial(work).name, "model")
+    known = {work / name for name in ours}
     known |= {_partial(work) / name for name in entries}
     for path in {*work.iterdir(), *_partial(work).glob("*")} - known:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _partial(work: Path) -> Path:

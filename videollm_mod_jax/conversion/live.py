@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from videollm_mod_jax.conversion.hf_config import integer, refusal, require_one_of
+from videollm_mod_jax.conversion.links import check_inside
 from videollm_mod_jax.conversion.llama import decoder_table, linear
 from videollm_mod_jax.conversion.plan import Options
 from videollm_mod_jax.conversion.table import Rule, Table, join
@@ -48,6 +49,7 @@ def read_config(directory: Path) -> Mapping[str, Any]:
     path = directory / "config.json"
     if not path.exists():
         return {}
+    check_inside(directory, [path])
     hf = read_json(path)
     if not isinstance(hf, Mapping):
         raise UserError(f"{path} is not a table of keys; expected that of a model")

@@ -8,23 +8,27 @@ import collections
 import dataclasses
 import importlib.metadata
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from videollm_mod_jax.conversion.plan import Conversion, Part
+from videollm_mod_jax.config_dict import build, require, require_choice
+from videollm_mod_jax.conversion.plan import ROLES, Conversion, Part
+from videollm_mod_jax.conversion.safetensors_file import DTYPES
 from videollm_mod_jax.conversion.table import match
 from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.names import check_name
 from videollm_mod_jax.training.checkpoint import MANIFEST_FILE, write_json
 
 FORMAT = 1
 TABLE_VERSION = 1
 """Counts up whenever a rule of an existing family changes."""
 
+_DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES.values())
 _PACKAGES = ("jax", "flax", "orbax-checkpoint", "numpy", "ml_dtypes")
 
 
@@ -53,7 +57,7 @@ class PartRecord:
     family: str
     layout: str
     directory: str
-    config: Mapping[str, Any]
+    config: Mapping
     files: Mapping[str, str]
     tensors: Mapping[str, TensorRecord]
     left_out: Mapping[str, str]
@@ -132,7 +136,8 @@ def read_manifest(directory: Path) -> Manifest | None:
     """Reads `conversion.json`; None where there is none, as for a model that was trained here.
 
     Raises:
-      UserError: it is damaged, or of another format or table version.
+      UserError: it is damaged, of another format or table version, or names a role, file or dtype
+        that no conversion writes.
     """
     path = directory / MANIFEST_FILE
     if not path.exists():
@@ -144,24 +149,34 @@ def read_manifest(directory: Path) -> Manifest | None:
             f"{path}: format and table are {found}; expected {(FORMAT, TABLE_VERSION)}; it was "
             "written by another version: convert again"
         )
+    fields = {key: value for key, value in values.items() if key not in ("format", "table")}
     try:
-        parts = tuple(
-            PartRecord(
-                **{
-                    **part,
-                    "tensors": {k: TensorRecord(**v) for k, v in part["tensors"].items()},
-                }
-            )
-            for part in values["parts"]
-        )
-        rest = {k: v for k, v in values.items() if k not in ("format", "table", "parts")}
-        lists = {k: tuple(rest.pop(k)) for k in ("fresh", "merged")}
-        return Manifest(parts=parts, **rest, **lists)
-    except (AttributeError, KeyError, TypeError) as error:
+        manifest = build(Manifest, fields, str(path))
+        _check_parts(manifest.parts, path)
+    except UserError as error:
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}); bring back the one that the "
-            "conversion wrote, or convert again"
+            f"{error}; the file is damaged: bring back the one that the conversion wrote, or "
+            "convert again"
         ) from error
+    return manifest
+
+
+def _check_parts(parts: Sequence[PartRecord], path: Path) -> None:
+    """Checks all that becomes a path or a dtype on the way back: the file may be a stranger's."""
+    for i, part in enumerate(parts):
+        where = f"{path}.parts[{i}]"
+        require_choice(f"{where}.role", part.role, ROLES)
+        require(
+            all(part.role != other.role for other in parts[:i]),
+            f"{where}.role is {part.role!r}, as of another part; expected one part of a role",
+        )
+        check_name(part.family, f"{where}.family")
+        check_name(part.layout, f"{where}.layout")
+        for file in part.files:
+            check_name(file, f"{where}.files")
+        for name, record in part.tensors.items():
+            check_name(record.file, f"{where}.tensors.{name}.file")
+            require_choice(f"{where}.tensors.{name}.dtype", record.dtype, _DTYPE_NAMES)
 
 
 def _record(part: Part, hashes: Mapping[Path, str]) -> PartRecord:

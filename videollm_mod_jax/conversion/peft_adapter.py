@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from videollm_mod_jax.conversion import live
+from videollm_mod_jax.conversion.links import check_inside
 from videollm_mod_jax.conversion.peft_config import CONFIG, PeftLora, read_lora
 from videollm_mod_jax.conversion.peft_names import (
     Names,
@@ -62,6 +63,7 @@ def open_adapter(directory: Path) -> Adapter:
       UserError: its configuration or files are missing, damaged, or of a kind that is not read.
     """
     path = directory / CONFIG
+    check_inside(directory, [path])
     hf = read_json(path)
     if not isinstance(hf, Mapping):
         raise UserError(f"{path} is not a table of keys; expected that of an adapter")

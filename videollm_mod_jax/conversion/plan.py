@@ -27,6 +27,9 @@ from videollm_mod_jax.training.sharding import abstract_variables
 
 DTYPES = ("auto", "bfloat16", "float32")
 
+ROLES = ("model", "vision_tower", "adapter")
+"""Every `Part.role`; a part's directory in an export is called by it."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -60,7 +63,7 @@ class Part:
     """One directory of weights and its table.
 
     Attributes:
-      role: `model`, `vision_tower` or `adapter`.
+      role: one of `ROLES`.
       family: of this directory alone, such as `clip`.
       layout: name of the key layout that its names have, such as `hf-4.52`.
       source: its tensors.

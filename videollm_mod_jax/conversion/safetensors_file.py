@@ -21,7 +21,7 @@ import numpy as np
 from videollm_mod_jax.conversion.stored import TensorInfo, contiguous_strides
 from videollm_mod_jax.errors import UserError
 
-_DTYPES = {
+DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
@@ -36,6 +36,7 @@ _DTYPES = {
     "U64": np.dtype("<u8"),
     "BOOL": np.dtype("?"),
 }
+"""By its name in a header: every dtype that is read."""
 # As in the reference implementation: a header that claims more is not a header.
 _MAX_HEADER_BYTES = 100 * 10**6
 
@@ -118,17 +119,17 @@ def _info(file: Path, name: str, entry: Any, data: int) -> TensorInfo:
         case _:
             found = reprlib.repr(entry)
             raise UserError(f"{file}: the header describes {name!r} as {found}; {_DAMAGED}")
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise UserError(
-            f"{file}: {name!r} has the dtype {dtype}; expected one of {', '.join(_DTYPES)}: use "
+            f"{file}: {name!r} has the dtype {dtype}; expected one of {', '.join(DTYPES)}: use "
             "weights that are not quantised"
         )
     info = TensorInfo(
         file=file,
         offset=data + begin,
         shape=tuple(shape),
-        strides=contiguous_strides(tuple(shape), _DTYPES[dtype].itemsize),
-        dtype=_DTYPES[dtype],
+        strides=contiguous_strides(tuple(shape), DTYPES[dtype].itemsize),
+        dtype=DTYPES[dtype],
     )
     if end - begin != info.nbytes:
         raise UserError(

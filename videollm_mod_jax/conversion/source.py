@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from videollm_mod_jax.conversion.links import check_inside
 from videollm_mod_jax.conversion.safetensors_file import parse_json, safetensors_infos
 from videollm_mod_jax.conversion.stored import TensorInfo
 from videollm_mod_jax.conversion.table import Index
@@ -84,9 +85,9 @@ def open_source(directory: Path, weights: str = "model") -> Source:
       weights: `model` or `adapter`; a directory may hold both.
 
     Raises:
-      UserError: the directory or its weights are missing, a file cannot be read, is damaged or
-        holds more than tensors, or index and shards do not name the same tensors once; file and
-        tensor are named.
+      UserError: the directory or its weights are missing, a file is a link out of it, cannot be
+        read, is damaged or holds more than tensors, or index and shards do not name the same
+        tensors once; file and tensor are named.
     """
     if not directory.is_dir():
         found = "is a file" if directory.exists() else "does not exist"
@@ -94,6 +95,7 @@ def open_source(directory: Path, weights: str = "model") -> Source:
     first = _first(directory, _FILES[weights])
     if first is None:
         raise _no_weights(directory, weights)
+    check_inside(directory, [first])
     try:
         if first.suffix == ".json":
             return _open_shards(directory, first)
@@ -116,6 +118,7 @@ def _open_shards(directory: Path, index: Path) -> Source:
             f"{directory} lacks the shard {absent[0]}{others}, which {index.name} names; "
             "download it too"
         )
+    check_inside(directory, files)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in _infos(file).items():
