@@ -315,7 +315,6 @@ def test_the_original_layout_takes_clip_towers_only():
         ("llava", LLAVA_15_7B, True, {}, "newline is True"),
         ("llava_next_video", LLAVA_NEXT_VIDEO_7B, True, {"pool": (7, 7)}, "vision.pool is"),
         ("llava_next_video", LLAVA_NEXT_VIDEO_7B, True, {"pool": (12, 6)}, "vision.pool is"),
-        ("llava_next_video", LLAVA_NEXT_VIDEO_7B, True, {"pool": (30, 30)}, "vision.pool is"),
         ("llava_next_video", LLAVA_NEXT_VIDEO_7B, True, {"pooling": "bilinear"}, "vision.pool is"),
         (
             "llava_next_video",
