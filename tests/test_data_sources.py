@@ -143,7 +143,7 @@ def test_what_is_missing_or_misnamed_is_refused(root, tmp_path):
 
 def test_a_config_of_sources_that_makes_no_sense_is_refused(root):
     good = config(root, ego4d_narration=1.0)
-    with pytest.raises(UserError, match=r"data\.sources\.coin_step\.weight is -1\.0"):
+    with pytest.raises(UserError, match=r"SourceConfig\.weight is -1\.0"):
         config(root, coin_step=-1.0)
     with pytest.raises(UserError, match="no dataset has a weight above 0"):
         config(root, coin_step=0.0)

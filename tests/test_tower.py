@@ -96,7 +96,7 @@ def test_pretraining_refuses_what_it_cannot_label():
     config = TowerConfig(steps=2, batch_size=2, learning_rate=1e-3, summary_weight=0.3, seed=0)
     with pytest.raises(UserError, match=r"pool is \(2, 2\)"):
         pretrain_tower(dataclasses.replace(CONFIG.vision, pool=(2, 2)), config, CANVAS)
-    with pytest.raises(UserError, match=r"tower.steps is 0"):
+    with pytest.raises(UserError, match=r"TowerConfig\.steps is 0"):
         dataclasses.replace(config, steps=0)
     with pytest.raises(UserError, match=r"summary_weight is -1.0; expected a number in "):
         dataclasses.replace(config, summary_weight=-1.0)
