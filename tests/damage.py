@@ -144,6 +144,7 @@ TO_VALUES = {
     "elements shuffled": shuffle,
 }
 
+
 def read_tree(path):
     """The values of a file in a list, and what writes such a list."""
     content = path.read_bytes()

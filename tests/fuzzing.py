@@ -211,6 +211,70 @@ def _read_samples(work: Path) -> Any:
     return Samples(work, "stream", {"model": "a", "frames": 3}, 0, 1).rows
 
 
+def _make_report(work: Path) -> None:
+    scores = {"lm_ppl": 2.0, "time_diff": 0.5, "fluency": 0.7, "lm_correctness": 0.8}
+    part = {"scores": scores, "settings": {"split": "test", "judge": "a"}}
+    entry = {"benchmark": "stream", "split": "test", "records": 3, "trained_on": None}
+    model = {"name": "Full-computation", "tokens_per_frame": 10, "macs": 10**12, "step": 3}
+    benchmarks = {"digits_stream": entry | {"parts": {"teacher-forced": part}}}
+    report = {"model": model, "benchmarks": benchmarks}
+    (work / "report.json").write_text(json.dumps(report))
+
+
+def _read_report(work: Path) -> Any:
+    from videollm_mod_jax.console import make_console
+    from videollm_mod_jax.evaluation import report
+
+    found = report.read(work / "report.json")
+    report.show([found], make_console(quiet=True))
+    return found
+
+
+def _make_benchmarks(work: Path) -> None:
+    from tests import test_benchmark_summary as of
+
+    for result in (of.TRAIN, of.MEMORY, of.STREAM, of.PEER_STREAM):
+        (work / f"{result['benchmark']}.json").write_text(json.dumps(result))
+
+
+def _read_benchmarks(work: Path) -> Any:
+    from videollm_mod_jax.benchmarking import summary
+
+    return summary.write(work).read_text()
+
+
+def _make_study(work: Path) -> None:
+    from videollm_mod_jax import study
+    from videollm_mod_jax.studying.variants import FULL, MOD
+
+    forced = {"lm_ppl": 2.0, "time_diff": 0.5, "fluency": 0.7, "lm_correctness": 0.8}
+    kept = {"share": 0.4, "chance": 0.2, "ratio": 2.0, "last_ratio": 2.5, "summary": 0.9}
+    run = {"teacher_forced": forced, "self_conditioned": {"f1": 0.5}, "kept": {"1": kept}}
+    timing = {"median": 0.1, "spread": 0.01}
+    count = {"macs": 9, "flops": 10, "cache_bytes": 100, "kept": [None, 6]}
+    cost = {"count": count, "compiled_flops": 20, "peak_bytes": 30, "frame_bytes": 40}
+    cost |= {"step": timing, "frame": timing}
+    device = {"kind": "cpu", "host_cores": 2, "versions": {"jax": "0"}}
+    written = {
+        f"{study.RUNS}/{FULL}/seed-0/{study.RESULT}": run,
+        f"{study.RUNS}/{MOD}/seed-0/{study.RESULT}": run,
+        study.MEASURED: {"device": device, "variants": {FULL: cost, MOD: cost}},
+        study.BASELINES: {"most frequent": forced},
+        study.HERE: {"platform": "cpu", "ids": [0], "seconds": 1.5, "workers": 2},
+    }
+    for name, value in written.items():
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text(json.dumps(value))
+
+
+def _read_study(work: Path) -> Any:
+    from tests.test_study import table
+    from videollm_mod_jax import study
+
+    study.write_report(table(), work)
+    return (work / study.REPORT).read_text()
+
+
 def _make_plan(work: Path) -> None:
     from videollm_mod_jax.data.encoding_plan import EncodingPlan
     from videollm_mod_jax.data.feature_shards import FeatureMeta
@@ -268,6 +332,9 @@ READERS = {
     "clip": Reader(_source("clip"), _read_source),
     "conversion": Reader(_make_conversion, _read_conversion, ("model/**/*",)),
     "samples": Reader(_make_samples, _read_samples),
+    "report": Reader(_make_report, _read_report),
+    "benchmarks": Reader(_make_benchmarks, _read_benchmarks, ("*.json",)),
+    "study": Reader(_make_study, _read_study, ("**/*.json",)),
     "plan": Reader(_make_plan, _read_plan),
     "videos": Reader(_make_videos, _read_videos),
 }
@@ -326,7 +393,7 @@ def damage_file(path: Path, rng: random.Random) -> str:
         except (ValueError, TypeError, IndexError, OverflowError):
             pass  # It holds no values that can be told, or cannot hold such.
         else:
-            return f"{kind} at {str(key):.40}"
+            return f"{kind} at {key!s:.40}"
     kind = rng.choice(sorted(damage.TO_BYTES))
     content = path.read_bytes()
     try:
@@ -379,7 +446,7 @@ def _digest(value: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Damages files of readers; prints faults, and how many mutants ended how."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description="Damages files, and sees that readers end well.")
     parser.add_argument("readers", nargs="*", metavar="READER", help=f"of {', '.join(READERS)}")
     parser.add_argument("--mutants", type=int, default=10, help="of each reader's files")
     parser.add_argument("--seed", type=int, default=0, help="of the first mutant")

@@ -213,7 +213,7 @@ def _read_report(out: Path, described: dict[str, Any]) -> dict[str, Any]:
     path = out / REPORT
     if not path.exists():
         return {"model": described, "benchmarks": {}}
-    report = read_json(path)
+    report = reporting.read(path)
     samples.check_same(report["model"], described, path)
     return report
 
@@ -262,7 +262,7 @@ def _main(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _read_beside(out: Path) -> reporting.Report:
     if not (out / REPORT).exists():
         raise UserError(f"--beside: {out} holds no {REPORT}; expected what another --out was")
-    return read_json(out / REPORT)
+    return reporting.read(out / REPORT)
 
 
 def _judge(arguments: argparse.Namespace) -> Judge:

@@ -48,8 +48,8 @@ from videollm_mod_jax.studying.baselines import baselines
 from videollm_mod_jax.studying.config import StudyConfig
 from videollm_mod_jax.studying.measuring import measure_all
 from videollm_mod_jax.studying.running import Held, Material, held, run_variant, train_variant
-from videollm_mod_jax.studying.variants import FULL, ONLINE, chosen, variants
-from videollm_mod_jax.studying.workers import in_process, pool_of, slots_of
+from videollm_mod_jax.studying.variants import FULL, ONLINE, Variant, chosen, variants
+from videollm_mod_jax.studying.workers import Devices, in_process, pool_of, slots_of
 from videollm_mod_jax.train import TOWER, tower_of
 from videollm_mod_jax.training import loop
 from videollm_mod_jax.training.checkpoint import write_json
@@ -92,6 +92,7 @@ def _study(
     workers: int | None,
     console: Console,
 ) -> None:
+    _, experiment = read(table)
     # Seeds and rounds may change: they add runs, and alter none.
     loop.claim_workdir(workdir, _without_study(table))
     watch = _Stopwatch(workdir)
@@ -111,7 +112,7 @@ def _study(
     ]
     if jobs:
         _run_all(table, workdir, jobs, workers, watch, console)
-    measured = _read_if(workdir / MEASURED)
+    measured = _read_if(workdir / MEASURED, "measured", variants(experiment.model))
     if measured is None or measured["variants"].keys() != set(_to_measure(table, workdir)):
         console.print("measuring what every variant costs")
         in_process(_measure, workdir, table, workdir)
@@ -147,11 +148,12 @@ def write_report(table: Table, workdir: Path) -> None:
     results: dict[str, dict[int, Any]] = {}
     for name, seed in itertools.product(known, settings.seeds):
         path = _result_path(workdir, name, seed)
-        if path.exists():
-            results.setdefault(name, {})[seed] = read_json(path)
-    measured = _read_if(workdir / MEASURED)
-    prepared = _read_if(workdir / BASELINES)
-    here = _read_if(workdir / HERE)
+        run = _read_if(path, "results", known)
+        if run is not None:
+            results.setdefault(name, {})[seed] = run
+    measured = _read_if(workdir / MEASURED, "measured", known)
+    prepared = _read_if(workdir / BASELINES, "baselines", known)
+    here = _read_devices(workdir)
     model, data, training = experiment.model, experiment.data, experiment.training
     runs = [run for by_seed in results.values() for run in by_seed.values()]
     setting = {
@@ -167,7 +169,7 @@ def write_report(table: Table, workdir: Path) -> None:
         "training": f"{training.steps} updates of {data.batch_size} streams, "
         f"{data.draw.train} streams drawn, learning rate {training.optimizer.learning_rate:g}",
         "judged on": f"{data.draw.test} streams of scans that no training stream shows",
-        "time": f"{here['seconds'] / 60:.0f} minutes in all, {here['workers']} runs at a time",
+        "time": f"{here.seconds / 60:.0f} minutes in all, {here.workers} runs at a time",
     }
     text = tables.report(known, results, measured, prepared, setting)
     drawn = figures.draw(known, results, measured, workdir)
@@ -190,8 +192,33 @@ def _result_path(workdir: Path, name: str, seed: int) -> Path:
     return workdir / RUNS / name / f"seed-{seed}" / RESULT
 
 
-def _read_if(path: Path) -> Any:
-    return read_json(path) if path.exists() else None
+def _read_if(path: Path, kind: str, known: Mapping[str, Variant]) -> Any:
+    """Reads results that the report can be made of; None if there are none.
+
+    Args:
+      path: of the file.
+      kind: the argument of `tables.report` that they are, or "results" for a run's.
+      known: the variants.
+
+    Raises:
+      UserError: the file holds something else.
+    """
+    if not path.exists():
+        return None
+    found = read_json(path)
+    alone = {"results": {}, "measured": None, "baselines": None, "setting": {}}
+    with files.understanding(str(path), "remove it, and the same command makes it again"):
+        tables.report(known, **alone | {kind: {FULL: {0: found}} if kind == "results" else found})
+    return found
+
+
+def _read_devices(workdir: Path) -> Devices:
+    path = workdir / HERE
+    return build(Devices, read_json(path), str(path))
+
+
+def _write_devices(workdir: Path, here: Devices) -> None:
+    write_json(workdir / HERE, dataclasses.asdict(here))
 
 
 class _Stopwatch:
@@ -202,8 +229,9 @@ class _Stopwatch:
 
     def save(self) -> None:
         """Adds what has passed since it was last called, so that a killed study loses little."""
-        here, now = read_json(self._workdir / HERE), time.perf_counter()
-        write_json(self._workdir / HERE, here | {"seconds": here["seconds"] + now - self._saved})
+        here, now = _read_devices(self._workdir), time.perf_counter()
+        seconds = here.seconds + now - self._saved
+        _write_devices(self._workdir, dataclasses.replace(here, seconds=seconds))
         self._saved = now
 
 
@@ -216,10 +244,10 @@ def _run_all(
     console: Console,
 ) -> None:
     """Runs jobs on all devices, with a line for each that is done."""
-    here = read_json(workdir / HERE)
+    here = _read_devices(workdir)
     slots = slots_of(here)
     workers = min(workers or len(slots), len(jobs))
-    write_json(workdir / HERE, here | {"workers": workers})
+    _write_devices(workdir, dataclasses.replace(here, workers=workers))
     began = time.perf_counter()
     with pool_of(workdir, workers, [slots[i % len(slots)] for i in range(workers)]) as pool:
         waiting = {pool.submit(_run, table, workdir, *job): job for job in jobs}
@@ -269,8 +297,8 @@ def _prepare(table: Table, workdir: Path) -> None:
         material = dataclasses.replace(_open(json.dumps(table), workdir), start=None)
         train_variant(model, training, material, learnt, training.seed, workdir / START)
     devices = jax.local_devices()
-    here = {"platform": devices[0].platform, "ids": [d.id for d in devices]}
-    write_json(workdir / HERE, here | {"seconds": 0.0, "workers": 1})
+    ids = tuple(device.id for device in devices)
+    _write_devices(workdir, Devices(platform=devices[0].platform, ids=ids, seconds=0.0, workers=1))
     # Last: it says that everything before is there.
     write_json(workdir / BASELINES, baselines(learnt, judged))
 

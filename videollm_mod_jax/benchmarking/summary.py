@@ -7,7 +7,7 @@ from typing import Any
 
 from videollm_mod_jax.benchmarking import device, report
 from videollm_mod_jax.benchmarking.targets import TARGETS, Figure, Target
-from videollm_mod_jax.data.files import written_aside
+from videollm_mod_jax.data.files import understanding, written_aside
 from videollm_mod_jax.errors import UserError
 
 PAGE = "README.md"
@@ -41,6 +41,9 @@ def write(directory: Path) -> Path:
         )
     results = {file: report.read(file) for file in files}
     page = directory / PAGE
+    for file, result in results.items():
+        with understanding(str(file), "run the benchmark again"):
+            text({file: result}, directory)
     with written_aside(page) as aside:
         aside.write_text(text(results, directory), encoding="utf-8")
     return page

@@ -142,7 +142,20 @@ def read_json(path: str | os.PathLike, *, largest: int = LARGEST_JSON, finite: b
     Raises:
       UserError: it is missing, no file, too large, not UTF-8, or no such json.
     """
-    data = _read_file(pathlib.Path(path), largest)
+    return parse_json(_read_file(pathlib.Path(path), largest), str(path), finite=finite)
+
+
+def parse_json(data: bytes, where: str, *, finite: bool = True) -> Any:
+    """Returns the value of a json text, such as a file or a line of one; see `read_json`.
+
+    Args:
+      data: the text in UTF-8, with or without a byte order mark.
+      where: what it is of, for messages.
+      finite: refuse numbers that are not finite.
+
+    Raises:
+      UserError: it is not UTF-8, or no such json.
+    """
     hooks = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
     try:
         # Some editors put a byte order mark first, which means nothing.
@@ -150,12 +163,34 @@ def read_json(path: str | os.PathLike, *, largest: int = LARGEST_JSON, finite: b
         if b"\\ud" in data.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error.reason}") from error
+        raise UserError(f"{where} is not UTF-8: {error.reason}") from error
     except RecursionError as error:
-        raise UserError(f"{path} is nested too deeply to be read") from error
+        raise UserError(f"{where} is nested too deeply to be read") from error
     except ValueError as error:
-        raise UserError(f"{path} is not json: {error}") from error
+        raise UserError(f"{where} is not json: {error}") from error
     return value
+
+
+@contextlib.contextmanager
+def understanding(what: str, remedy: str) -> Iterator[None]:
+    """Refuses results that are not as the command that wrote them made them.
+
+    For results that are only shown, whose every field would be declared for this alone.
+
+    Args:
+      what: the results, for the message.
+      remedy: what to do.
+
+    Raises:
+      UserError: what is done with them raised what values of another shape do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        said = shown(str(error))
+        raise UserError(f"{what}: damaged ({type(error).__name__}: {said}); {remedy}") from error
 
 
 def read_json_object(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from videollm_mod_jax.data.files import read_json
+from videollm_mod_jax.data.files import read_json, understanding
 from videollm_mod_jax.data.sources import Sources, merge_stretches
 from videollm_mod_jax.errors import UserError
 
@@ -37,7 +37,8 @@ def count_learnt(
     counts: dict[str, int | None] = {}
     for name, split in splits.items():
         asked = merge_stretches(sources.records(name, split))
-        shared = {dataset: _shown_again(asked, seen) for dataset, seen in learnt.items()}
+        with understanding(str(manifest), "run the same train command again, which writes it"):
+            shared = {dataset: _shown_again(asked, seen) for dataset, seen in learnt.items()}
         counts[name] = len(set().union(*shared.values()))
         for dataset, seen in shared.items():
             if seen and not force:

@@ -6,11 +6,13 @@ models that are to be compared, share their tables, one row each.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from videollm_mod_jax.data import files
 from videollm_mod_jax.evaluation.running import (
     ANSWERS,
     SELF_CONDITIONED,
@@ -19,6 +21,7 @@ from videollm_mod_jax.evaluation.running import (
 )
 from videollm_mod_jax.models import VideoLLMConfig, config_plan
 from videollm_mod_jax.models.flops import flops
+from videollm_mod_jax.names import check_name
 
 Report = Mapping[str, Any]
 
@@ -164,6 +167,21 @@ def variant(config: VideoLLMConfig) -> str:
         if value != usual
     ]
     return ", ".join([f"VideoLLM-MoD r={ratio}", *unusual])
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads a report that `evaluate` wrote.
+
+    Raises:
+      UserError: it is missing, or not such a report.
+    """
+    report = files.read_json(path)
+    with files.understanding(str(path), "evaluate again, with another --out"):
+        as_markdown(grids([report]))
+        for name, entry in report["benchmarks"].items():
+            check_name(name, "a benchmark")
+            entry["parts"].items()
+    return report
 
 
 def grids(reports: Sequence[Report]) -> tuple[Grid, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from videollm_mod_jax.data import files
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.names import check_name
+from videollm_mod_jax.names import check_name, printable, shown
 
 INDEX = "index"
 """The field of a row that says which record it is about."""
@@ -118,7 +118,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         with files.written_aside(path) as aside:
             aside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return
-    check_same(json.loads(path.read_text(encoding="utf-8")), settings, path.parent)
+    check_same(files.read_json_object(path), settings, path.parent)
 
 
 def check_same(found: Mapping[str, Any], expected: Mapping[str, Any], where: Path) -> None:
@@ -130,8 +130,9 @@ def check_same(found: Mapping[str, Any], expected: Mapping[str, Any], where: Pat
     for key in {**expected, **found}:
         if found.get(key) != expected.get(key):
             raise UserError(
-                f"{where} holds samples of another evaluation: {key} is {found.get(key)!r} there "
-                f"and {expected.get(key)!r} now; give another --out, or remove it"
+                f"{where} holds samples of another evaluation: {printable(key):.80} is "
+                f"{shown(found.get(key))} there and {shown(expected.get(key))} now; give another "
+                "--out, or remove it"
             )
 
 
@@ -145,9 +146,11 @@ def _read_rows(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            row = json.loads(line)
-            rows.append(row | {INDEX: int(row[INDEX])})
-        except (ValueError, KeyError, TypeError) as error:
+            row = files.parse_json(line, f"{path}: line {number}")
+            if type(row[INDEX]) is not int:
+                raise TypeError(f"the index is {shown(row[INDEX])}")
+            rows.append(row)
+        except (UserError, LookupError, TypeError) as error:
             raise UserError(
                 f"{path}: line {number}: expected a sample, found damage; remove the file, and its "
                 "records are evaluated again"

@@ -1,12 +1,15 @@
 """Processes beside each other, each with a device for itself."""
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from videollm_mod_jax.config_dict import COUNT, Checked, Interval
 
 LOG = "workers.log"
 
@@ -14,13 +17,30 @@ Slot = tuple[str, str]
 """An environment variable, or "cpu", and the number of the device; empty for all devices."""
 
 
-def slots_of(here: Mapping[str, Any]) -> list[Slot]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices(Checked):
+    """Where a study runs, and for how long it has.
+
+    Attributes:
+      platform: of JAX.
+      ids: of its devices.
+      seconds: that the study has taken so far.
+      workers: runs at a time.
+    """
+
+    platform: str
+    ids: tuple[Annotated[int, Interval("[0, 2**31)")], ...]
+    seconds: Annotated[float, Interval("[0, 1e10]")]
+    workers: COUNT
+
+
+def slots_of(here: Devices) -> list[Slot]:
     """What each run at a time has for itself: (environment variable or "cpu", number)."""
-    if here["platform"] == "gpu":
+    if here.platform == "gpu":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = visible.split(",") if visible else map(str, here["ids"])
+        names = visible.split(",") if visible else map(str, here.ids)
         return [("CUDA_VISIBLE_DEVICES", name) for name in names]
-    if here["platform"] == "cpu":
+    if here.platform == "cpu":
         return [("cpu", str(core)) for core in sorted(os.sched_getaffinity(0))]
     return [("", "")]
 
