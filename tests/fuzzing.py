@@ -81,7 +81,7 @@ def _read_model(work: Path, *, verify: bool = True) -> Any:
     from videollm_mod_jax.training.checkpoint import load_model
 
     model = load_model(work, verify=verify)
-    ids = model.tokenizer.encode("User: How many?\nAssistant: 12")
+    ids = model.tokenizer.encode("User: How many?\nAssistant: 12").ids
     return jax.tree.map(np.asarray, model.variables), model.config, ids, model.tokenizer.decode(ids)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from videollm_mod_jax import cli
-from videollm_mod_jax.errors import fault_of_machine
+from videollm_mod_jax.errors import UserError, fault_of_machine
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +42,15 @@ def test_a_fault_of_the_machine_is_one_line(capsys, error, line):
     assert fault_of_machine(error).startswith(line)
     assert cli.report_user_errors(run) == 2
     assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
+def test_what_a_message_quotes_stays_within_its_line():
+    found = "two\nlines" * 10**6
+    said = str(UserError(f"a.json: found {found}\x1b[2J; expected a table"))
+    assert said.startswith(r"a.json: found two\nlinestwo")
+    assert said.endswith(r"lines\x1b[2J; expected a table")
+    assert len(said) <= 1000
+    assert str(UserError("a.json: é is missing")) == "a.json: é is missing"
 
 
 @pytest.mark.parametrize(

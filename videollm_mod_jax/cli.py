@@ -17,8 +17,7 @@ from ml_collections import config_flags
 
 from videollm_mod_jax import signals
 from videollm_mod_jax.config_dict import Interval
-from videollm_mod_jax.errors import UserError, fault_of_machine
-from videollm_mod_jax.names import printable
+from videollm_mod_jax.errors import UserError, fault_of_machine, printable
 from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.checkpoint import best_step
 

@@ -22,8 +22,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.names import shown
+from videollm_mod_jax.errors import UserError, shown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import rich.console
 import rich.text
 
-from videollm_mod_jax.names import printable
+from videollm_mod_jax.errors import printable
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> rich.console.Console:

@@ -1,4 +1,4 @@
-"""The one exception type that means "the input is wrong, and here is what to do"."""
+"""The one exception type that means "the input is wrong, and here is what to do", and its words."""
 
 import errno
 import os
@@ -16,13 +16,50 @@ _REMEDIES = {
 """What helps against faults of the machine that libraries report as errors of many types."""
 
 
+_LONGEST = 1000
+"""Characters of a message."""
+
+
 class UserError(ValueError):
     """Bad input: a missing file, an unknown key, a field out of range.
 
     The message is one line that names the file, record or field, what was expected and what was
     found. The command-line modules print it on stderr and exit with status 2; anything else that
     escapes is a bug and keeps its traceback.
+
+    What a message quotes may come from a stranger: it is escaped as `printable` does, and the
+    middle of a message that fills more than a screen is left out.
     """
+
+    def __init__(self, message: str):
+        message = printable(message)
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST - 300]} ... {message[-290:]}"
+        super().__init__(message)
+
+
+def shown(value: object) -> str:
+    """Returns a value as a message shows it: cut to fit a line, however large it is."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python refuses to spell whole numbers of thousands of digits.
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= 120 else f"{text[:120]}..."
+
+
+def printable(text: str) -> str:
+    """Returns a text with an escape for every character that a terminal would act on.
+
+    ```
+    a b \u00e9              a b \u00e9
+    a\\x1b[2Jb (ESC)      a\\\\x1b[2Jb
+    two\\nlines           two\\\\nlines
+    ```
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def fault_of_machine(error: BaseException) -> str | None:

@@ -4,7 +4,7 @@ A dataset, a split or a part that a stranger's file names may become a directory
 `../../home` must not.
 """
 
-from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.errors import UserError, shown
 
 _LONGEST = 200
 """Bytes of a name; file systems take 255, and what is written aside has a longer name."""
@@ -56,30 +56,6 @@ def check_relative_path(path: object, field: str) -> str:
             "that can be printed and do not start with a dot"
         )
     return path
-
-
-def shown(value: object) -> str:
-    """Returns a value as a message shows it: cut to fit a line, however large it is."""
-    try:
-        text = repr(value)
-    except ValueError:
-        # Python refuses to spell whole numbers of thousands of digits.
-        text = f"a {type(value).__name__} too large to show"
-    return text if len(text) <= 120 else f"{text[:120]}..."
-
-
-def printable(text: str) -> str:
-    """Returns a text with an escape for every character that a terminal would act on.
-
-    ```
-    a b \u00e9              a b \u00e9
-    a\\x1b[2Jb (ESC)      a\\\\x1b[2Jb
-    two\\nlines           two\\\\nlines
-    ```
-    """
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
 
 
 def _is_safe(name: str) -> bool:

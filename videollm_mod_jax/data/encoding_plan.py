@@ -51,7 +51,7 @@ class EncodingPlan:
           UserError: there is none, or it is damaged.
         """
         try:
-            table = json.loads((directory / PLAN).read_text(encoding="utf-8"))
+            table = files.read_json(directory / PLAN)
             return cls(
                 FeatureMeta(**table["meta"]),
                 {name: (file, size) for name, (file, size) in table["sources"].items()},

@@ -19,8 +19,7 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
-from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.names import shown
+from videollm_mod_jax.errors import UserError, shown
 
 LARGEST_JSON = 64 << 20
 """Bytes of a json file that is read as a whole, unless its reader knows better."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from videollm_mod_jax.data import files
-from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.names import check_name, printable, shown
+from videollm_mod_jax.errors import UserError, printable, shown
+from videollm_mod_jax.names import check_name
 
 INDEX = "index"
 """The field of a row that says which record it is about."""

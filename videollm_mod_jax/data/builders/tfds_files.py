@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 from google.protobuf import json_format
 
 from videollm_mod_jax.data.files import read_json_object
-from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.names import check_name, shown
+from videollm_mod_jax.errors import UserError, shown
+from videollm_mod_jax.names import check_name
 
 FEATURES, INFO = "features.json", "dataset_info.json"
 
