@@ -26,6 +26,7 @@ from videollm_mod_jax.models.config import RopeScaling
 from videollm_mod_jax.studying.config import StudyConfig
 from videollm_mod_jax.studying.workers import Devices
 from videollm_mod_jax.training.checkpoint import Dialogue
+from videollm_mod_jax.training.metrics import Written
 
 for _module in pkgutil.walk_packages(videollm_mod_jax.__path__, "videollm_mod_jax."):
     if not _module.name.endswith("__main__"):
@@ -72,6 +73,7 @@ def examples():
     collect(Dialogue(system="Watch."))
     collect(Execution())
     collect(Decoding(max_new_tokens=8, temperature=0.5, samples=2, seed=0))
+    collect(Written(lines=3, sha256="a"))
     collect(Devices(platform="cpu", ids=(0,), seconds=1.5, workers=1))
     collect(StreamSettings(minutes=(1.0,), fps=2.0, streams=(1,), new_tokens=2, rounds=1, warmup=1))
     return found

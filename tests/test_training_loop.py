@@ -26,12 +26,12 @@ def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
     save = checkpoint.Checkpointer.save
 
-    def checked_save(self, step, state, loss):
+    def checked_save(self, step, state, loss, written):
         # A kill right after a checkpoint must not lose a line that the resumed run skips.
         assert metrics.read_metrics(directory)[-1]["step"] == step
         validated = metrics.read_validation(directory)[-1]
         assert (validated["step"], validated["validation_loss"]) == (step, loss)
-        save(self, step, state, loss)
+        save(self, step, state, loss, written)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.Checkpointer, "save", checked_save)

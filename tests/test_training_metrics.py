@@ -5,6 +5,7 @@ import math
 import pytest
 from PIL import Image
 
+from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.training import metrics
 
 
@@ -45,6 +46,44 @@ def test_every_line_is_on_disk_at_once(tmp_path):
     writer.write(1, {"loss": 0.5}, events={})
     assert metrics.read_metrics(tmp_path) == [{"step": 1, "loss": 0.5}]
     writer.close()
+
+
+DAMAGE = ["nonsense", '{"step": 2, "step": 3}', "[" * 10**5, '{"loss": 1.0}', '{"step": true}', "3"]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, '{"step": 2, "loss": "low"}', '{"step": 2, "a": NaN}'])
+def test_a_damaged_line_is_named(tmp_path, damage):
+    write(tmp_path, 0, (1, 2, 3))
+    path = tmp_path / metrics.METRICS_FILE
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], damage, lines[2], ""]))
+    for read in (lambda: metrics.read_metrics(tmp_path), lambda: metrics.Writer(tmp_path, 3)):
+        with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 "):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: lines, None),
+        (lambda lines: [*lines, '{"step": 9}\n'], None),
+        (lambda lines: lines[:1] + lines[2:], "2 of 3 lines"),
+        (lambda lines: [], "0 of 3 lines"),
+        (lambda lines: [lines[0].replace("3.0", "4.0"), *lines[1:]], "3 of 3 lines, or others"),
+    ],
+)
+def test_lines_that_were_lost_since_a_checkpoint_are_noticed(tmp_path, capsys, change, said):
+    log = metrics.Log(tmp_path, 0, 9, 1)
+    for step in (1, 2, 3):
+        log.record(step, {"loss": (3.0, float(step))})
+    log.catch_up()
+    before = log.written()
+    path = tmp_path / metrics.METRICS_FILE
+    path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+    capsys.readouterr()
+    assert (metrics.Log(tmp_path, 3, 9, 1, before).written() == before) == (said is None)
+    shown = capsys.readouterr().err
+    assert said in shown if said else not shown
 
 
 def test_a_value_that_is_not_finite_raises_naming_the_step():

@@ -1,7 +1,7 @@
 """The numbered checkpoints of a run: saved while it goes on, kept or dropped, restored exactly."""
 
 import contextlib
-import json
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -12,8 +12,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.config_dict import build
+from videollm_mod_jax.data import files
+from videollm_mod_jax.errors import UserError, shown
 from videollm_mod_jax.training import integrity
+from videollm_mod_jax.training.metrics import METRICS_FILE, Written
 from videollm_mod_jax.training.state import TrainState
 
 FORMAT = 1
@@ -71,26 +74,48 @@ class Checkpointer:
         """The newest complete checkpoint; None when there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, validation_loss: float | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        validation_loss: float | None = None,
+        written: Written | None = None,
+    ) -> None:
         """Starts saving the state after update `step`; returns when it may be donated.
 
         Args:
           step: of the checkpoint.
           state: after it.
           validation_loss: of that state; None if it was not validated.
+          written: what the run's `metrics.jsonl` holds; None if nobody knows.
         """
+        # One batch per update: the step is the data position as well.
+        meta = {"format": FORMAT, "step": step, "batches": step}
+        if written is not None:
+            meta[METRICS_FILE] = dataclasses.asdict(written)
         optimizer = {"opt_state": state.opt_state, "rng": state.rng}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 trained=ocp.args.StandardSave(state.trained),
                 optimizer=ocp.args.StandardSave(optimizer),
-                # One batch per update: the step is the data position as well.
-                meta=ocp.args.JsonSave({"format": FORMAT, "step": step, "batches": step}),
+                meta=ocp.args.JsonSave(meta),
             ),
             metrics={} if validation_loss is None else {_VALIDATION_LOSS: validation_loss},
             force=True,
         )
+
+    def written(self, step: int) -> Written | None:
+        """Returns what the checkpoint of update `step` says of `metrics.jsonl`; None if nothing.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        path = self._path / str(step)
+        check_step(path, verify=True)
+        meta = path / "meta" / "metadata"
+        found = _read_object(meta).get(METRICS_FILE)
+        return None if found is None else build(Written, found, f"{meta}: {METRICS_FILE}")
 
     def restore(self, step: int, target: TrainState) -> TrainState:
         """Restores a state exactly, into the shapes, dtypes and shardings of `target`.
@@ -177,10 +202,10 @@ def check_step(path: Path, *, verify: bool) -> None:
         integrity.verify(path, remedy(path))
         integrity.verify(path / "meta", remedy(path))
     expected = {"format": FORMAT, "step": int(path.name)}
-    meta = _read_json(path / "meta" / "metadata")
-    if not isinstance(meta, dict) or {key: meta.get(key) for key in expected} != expected:
+    meta = _read_object(path / "meta" / "metadata")
+    if {key: meta.get(key) for key in expected} != expected:
         raise UserError(
-            f"{path}/meta is {str(meta)[:200]}; expected format {FORMAT} and step {path.name}; "
+            f"{path}/meta is {shown(meta)}; expected format {FORMAT} and step {path.name}; "
             "it was renamed, or written by another version: load it with that version"
         )
 
@@ -223,8 +248,8 @@ def _read_loss(path: Path) -> float:
     if not (path / "metrics").is_dir():
         return math.inf
     integrity.verify(path / "metrics", remedy(path))
-    metrics = _read_json(path / "metrics" / "metrics")
-    loss = metrics.get(_VALIDATION_LOSS, math.inf) if isinstance(metrics, dict) else None
+    metrics = _read_object(path / "metrics" / "metrics")
+    loss = metrics.get(_VALIDATION_LOSS, math.inf)
     if not isinstance(loss, (int, float)):
         raise integrity.damaged(path / "metrics" / "metrics", "it holds no metrics", remedy(path))
     return loss
@@ -235,10 +260,8 @@ def _validation_loss(metrics: Mapping[str, float]) -> float:
     return metrics.get(_VALIDATION_LOSS, math.inf)
 
 
-def _read_json(path: Path) -> Any:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise integrity.damaged(path, "it is not json", remedy(path.parents[1])) from error
+        return files.read_json_object(path)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy(path.parents[1])}") from error

@@ -3,11 +3,14 @@
 Of several processes, the first writes; the numbers are sums over all of them.
 """
 
+import dataclasses
+import hashlib
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ import jax
 import rich.console
 import rich.progress
 
+from videollm_mod_jax.config_dict import COUNT_OR_NONE, Checked
 from videollm_mod_jax.console import make_console
 from videollm_mod_jax.data import files
+from videollm_mod_jax.errors import UserError, shown
 from videollm_mod_jax.training import distributed
 from videollm_mod_jax.training.losses import Sums
 
@@ -43,6 +48,19 @@ def check_finite(step: int, values: Mapping[str, float]) -> None:
         raise FloatingPointError(f"step {step}: not finite: {listed}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written(Checked):
+    """What a `metrics.jsonl` held when a checkpoint was saved.
+
+    Attributes:
+      lines: how many.
+      sha256: of all of them.
+    """
+
+    lines: COUNT_OR_NONE
+    sha256: str
+
+
 class Writer:
     """Appends metrics to `metrics.jsonl` and to a TensorBoard event file of a run's directory.
 
@@ -56,11 +74,16 @@ class Writer:
     """
 
     def __init__(self, directory: str | os.PathLike[str], done: int):
-        """Opens the files, dropping what an interrupted run wrote after update `done`."""
+        """Opens the files, dropping what an interrupted run wrote after update `done`.
+
+        Raises:
+          UserError: a line before that is damaged.
+        """
         path = Path(directory) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        _keep_until(path, done)
-        self._file = path.open("a", encoding="utf-8")
+        kept = _keep_until(path, done)
+        self._lines, self._digest = kept.count(b"\n"), hashlib.sha256(kept)
+        self._file = path.open("ab")
         # Here, since it imports PyTorch where that is installed: seconds for every command.
         import tensorboardX
 
@@ -74,11 +97,19 @@ class Writer:
           values: go to both files.
           events: go to TensorBoard only (speeds and times).
         """
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **values}).encode() + b"\n"
+        self._lines += 1
+        self._digest.update(line)
+        self._file.write(line)
         # Out of this process, where a kill cannot reach it.
         self._file.flush()
         for name, value in {**values, **events}.items():
             self._events.add_scalar(name, value, step)
+
+    def written(self) -> Written:
+        """Has the system write the lines to the disk; returns what tells them from others."""
+        os.fsync(self._file.fileno())
+        return Written(lines=self._lines, sha256=self._digest.hexdigest())
 
     def close(self) -> None:
         """Closes the files."""
@@ -93,11 +124,33 @@ class Log:
     waits for the host.
     """
 
-    def __init__(self, directory: Path, done: int, steps: int, log_every: int):
-        """Goes on after update `done` of `steps`, with a line every `log_every` updates."""
+    def __init__(
+        self, directory: Path, done: int, steps: int, log_every: int, before: Written | None = None
+    ):
+        """Goes on after update `done` of `steps`, with a line every `log_every` updates.
+
+        Args:
+          directory: of the run.
+          done: updates so far.
+          steps: updates in all.
+          log_every: updates from line to line.
+          before: what the checkpoint of update `done` says of the lines so far, which is compared.
+            None compares nothing.
+
+        Raises:
+          UserError: see `Writer`.
+        """
         self._steps, self._log_every = steps, log_every
         self._writer = Writer(directory, done) if distributed.is_lead() else None
         self._console = make_console(stderr=True, quiet=not distributed.is_lead())
+        if self._writer and before not in (None, now := self._writer.written()):
+            # Nothing that is learnt depends on them.
+            self._console.print(
+                f"warning: {directory / METRICS_FILE} is not what it was at update {done}: it has "
+                f"{now.lines} of {before.lines} lines, or others. Training goes on; restore the "
+                "file from a copy before, or the loss curve will lack them.",
+                soft_wrap=True,
+            )
         self._progress = rich.progress.Progress(
             rich.progress.TextColumn("training"),
             rich.progress.BarColumn(),
@@ -136,6 +189,13 @@ class Log:
         if self._waiting is not None:
             self._write(*self._waiting)
         self._waiting = None
+
+    def written(self) -> Written | None:
+        """Returns what a checkpoint says of the lines so far, which are on the disk then.
+
+        None in all processes but the first, which writes no lines and no such words.
+        """
+        return self._writer.written() if self._writer else None
 
     def validated(self, step: int, values: Mapping[str, float]) -> None:
         """Writes what was validated after update `step`, which `catch_up` has written.
@@ -219,8 +279,33 @@ def read_validation(directory: str | os.PathLike[str]) -> list[dict[str, float]]
 
 
 def _read_lines(directory: str | os.PathLike[str]) -> list[dict[str, float]]:
-    lines = (Path(directory) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [values for _, values in _lines(Path(directory) / METRICS_FILE)]
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, float]]]:
+    """Yields the lines of a metrics file and what they say, but a last one that a kill cut short.
+
+    Raises:
+      UserError: the file cannot be read, or a line holds no metrics.
+    """
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            return
+        values = files.parse_json(line, f"{path}: line {number}")
+        if not _are_metrics(values):
+            raise UserError(
+                f"{path}: line {number} is {shown(values)}; expected numbers by name, and the "
+                "update as `step`: restore the file from a copy, or remove the line"
+            )
+        yield line, values
+
+
+def _are_metrics(values: Any) -> bool:
+    return (
+        isinstance(values, dict)
+        and type(values.get("step")) is int
+        and all(type(value) in (int, float) for value in values.values())
+    )
 
 
 def draw_loss_curve(directory: str | os.PathLike[str]) -> Path:
@@ -277,14 +362,12 @@ def running_mean(values: tuple[float, ...], window: int) -> list[float]:
     return means_so_far
 
 
-def _keep_until(path: Path, done: int) -> None:
-    """Drops lines after update `done` from a jsonl file, and a last line that a kill cut short."""
+def _keep_until(path: Path, done: int) -> bytes:
+    """Drops lines after update `done` from a jsonl file; returns what it holds then."""
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > done:
-            break
-        kept.append(line)
+        return b""
+    lines = itertools.takewhile(lambda line: line[1]["step"] <= done, _lines(path))
+    kept = b"".join(line for line, _ in lines)
     with files.written_aside(path) as aside:
-        aside.write_text("".join(kept), encoding="utf-8")
+        aside.write_bytes(kept)
+    return kept

@@ -243,7 +243,13 @@ class Run:
         config = self.config
         batches = iter(batches_from(done))
         with (
-            metrics.Log(workdir, done, config.steps, config.log_every) as log,
+            metrics.Log(
+                workdir,
+                done,
+                config.steps,
+                config.log_every,
+                checkpointer.written(done) if done else None,
+            ) as log,
             metrics.Profile(workdir, done, profile_steps) as profile,
             distributed.StopSignal() as stop_signal,
         ):
@@ -276,7 +282,7 @@ class Run:
                     log.validated(step, means)
                     loss = means["loss"]
                 if saves:
-                    checkpointer.save(step, self._unstack(state), loss)
+                    checkpointer.save(step, self._unstack(state), loss, log.written())
                 if stop and step < config.steps:
                     raise distributed.Stopped(
                         f"stopped after update {step} of {config.steps}, which is saved in "
