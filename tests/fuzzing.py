@@ -85,6 +85,21 @@ def _read_model(work: Path, *, verify: bool = True) -> Any:
     return jax.tree.map(np.asarray, model.variables), model.config, ids, model.tokenizer.decode(ids)
 
 
+def _make_tokenizer(work: Path) -> None:
+    from tests.tiny_conversion import LINES
+    from videollm_mod_jax.data.tokenizer import train_bpe
+
+    train_bpe(LINES, 300).save(work)
+
+
+def _read_tokenizer(work: Path) -> Any:
+    from videollm_mod_jax.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(work)
+    ids = tokenizer.encode("User: How many?\nAssistant: 12").ids
+    return ids, tokenizer.decode(ids), tokenizer.vocab_size
+
+
 def _make_features(work: Path) -> None:
     from videollm_mod_jax.data.feature_shards import FeatureMeta
     from videollm_mod_jax.data.features import FeatureWriter
@@ -323,6 +338,7 @@ def _read_run_config(work: Path) -> Any:
 
 READERS = {
     "model": Reader(_make_model, _read_model, guarded="weights/.*"),
+    "tokenizer": Reader(_make_tokenizer, _read_tokenizer),
     "weights": Reader(_make_model, lambda w: _read_model(w, verify=False), ("weights/**/*",)),
     "run": Reader(_make_run, _read_run, guarded="run/(weights|checkpoints)/.*"),
     "config": Reader(_make_run_config, _read_run_config),

@@ -211,13 +211,23 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 
 
 def test_unreadable_files_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"tokenizer\.json: cannot read"):
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a Hugging Face"):
         Tokenizer.load(tmp_path, eos=EOS)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer_config\.json: not JSON"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is not json"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config", ["[]", '"a"', '{"eos_token": ["a"]}', '{"eos_token": {"content": 3}}', "[" * 10**5]
+)
+def test_a_config_of_another_shape_is_one_line(tmp_path, config):
+    train_bpe(CORPUS, 300).save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json"):
         Tokenizer.load(tmp_path)
 
 

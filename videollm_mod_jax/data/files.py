@@ -141,7 +141,7 @@ def read_json(path: str | os.PathLike, *, largest: int = LARGEST_JSON, finite: b
     Raises:
       UserError: it is missing, no file, too large, not UTF-8, or no such json.
     """
-    return parse_json(_read_file(pathlib.Path(path), largest), str(path), finite=finite)
+    return parse_json(read_bytes(path, largest), str(path), finite=finite)
 
 
 def parse_json(data: bytes, where: str, *, finite: bool = True) -> Any:
@@ -206,7 +206,12 @@ def read_json_object(
     return value
 
 
-def _read_file(path: pathlib.Path, largest: int) -> bytes:
+def read_bytes(path: str | os.PathLike, largest: int = LARGEST_JSON) -> bytes:
+    """Reads a file whole, unless it is no file, or too large.
+
+    Raises:
+      UserError: it is missing, a directory, a pipe or a device, or has more than `largest` bytes.
+    """
     try:
         # A pipe that nobody writes to would be waited for.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,10 +1,11 @@
 """Any Hugging Face `tokenizer.json` that encodes a live dialogue as it encodes a whole one."""
 
+import contextlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from videollm_mod_jax.data import dialogue, files
-from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.errors import UserError, shown
 
 BOS, EOS = "<|begin_of_text|>", "<|eot_id|>"
 # Words, digits and marks with the space before them, and line ends one by one: no merge reaches
@@ -57,11 +58,11 @@ class Tokenizer:
         """
         self._definition = definition
         self.bos, self.eos = bos, eos
-        try:
-            adapted = json.dumps(without_prefix_space(json.loads(definition)))
-            self._tokenizer = tokenizers.Tokenizer.from_str(adapted)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"{source}: not a Hugging Face tokenizer.json: {error}") from error
+        parsed = files.parse_json(definition.encode(errors="surrogatepass"), source)
+        with _refusing(source):
+            self._tokenizer = tokenizers.Tokenizer.from_str(
+                json.dumps(without_prefix_space(parsed))
+            )
         placeholder = tokenizers.AddedToken(dialogue.PLACEHOLDER, special=True, normalized=False)
         known = self._tokenizer.get_vocab()
         known.pop(dialogue.PLACEHOLDER, None)
@@ -102,22 +103,18 @@ class Tokenizer:
         """
         path = pathlib.Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        config = {}
         beside = path.with_name("tokenizer_config.json")
         try:
-            definition = path.read_text(encoding="utf-8")
-            if beside.is_file():
-                config = json.loads(beside.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot read the tokenizer: {error}") from error
-        except json.JSONDecodeError as error:
-            raise UserError(f"{beside}: not JSON: {error}") from error
-        bos = _token_text(config, "bos_token") if bos is None else bos
-        eos = _token_text(config, "eos_token") if eos is None else eos
+            definition = files.read_bytes(path).decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is not UTF-8: {error.reason}") from error
+        config = files.read_json_object(beside) if beside.exists() else {}
+        bos = _token_text(config, "bos_token", beside) if bos is None else bos
+        eos = _token_text(config, "eos_token", beside) if eos is None else eos
         if not eos:
             raise UserError(
-                f"{path}: the tokenizer has no eos token; write 'eos_token' in {beside.name} "
-                "beside it or name the token that ends an answer"
+                f"{path}: the tokenizer has no eos token; write the token that ends an answer as "
+                f"'eos_token' in {beside}"
             )
         return cls(definition, bos, eos, source=str(path))
 
@@ -243,6 +240,22 @@ def train_bpe(lines: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(bpe.to_str(), BOS, EOS, source="trained BPE")
 
 
-def _token_text(config: dict, key: str) -> str:
+def _token_text(config: Mapping[str, Any], key: str, source: pathlib.Path) -> str:
+    """The text of a special token of a `tokenizer_config.json`; "" where there is none."""
     token = config.get(key) or ""
-    return token["content"] if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise UserError(f"{source}: {key} is {shown(token)}; expected the text of a token, or null")
+    return text
+
+
+@contextlib.contextmanager
+def _refusing(source: str) -> Iterator[None]:
+    """Turns what `tokenizers` raises for a definition into a UserError."""
+    try:
+        yield
+    except BaseException as error:
+        # It raises bare Exception; where Rust panics, something that is not even that.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise UserError(f"{source}: not a Hugging Face tokenizer.json: {error}") from error
+        raise
