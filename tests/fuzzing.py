@@ -101,7 +101,7 @@ def _read_tokenizer(work: Path) -> Any:
 
 
 def _make_features(work: Path) -> None:
-    from videollm_mod_jax.data.feature_shards import FeatureMeta
+    from videollm_mod_jax.data.feature_index import FeatureMeta
     from videollm_mod_jax.data.features import FeatureWriter
 
     meta = FeatureMeta(features_per_frame=3, width=4, fps=2.0, resolution=48, tower="abc")
@@ -292,7 +292,7 @@ def _read_study(work: Path) -> Any:
 
 def _make_plan(work: Path) -> None:
     from videollm_mod_jax.data.encoding_plan import EncodingPlan
-    from videollm_mod_jax.data.feature_shards import FeatureMeta
+    from videollm_mod_jax.data.feature_index import FeatureMeta
 
     meta = FeatureMeta(features_per_frame=3, width=4, fps=2.0, resolution=48, tower="abc")
     EncodingPlan(meta, {"a": ("a.mp4", 7), "b": ("b.mp4", 9)}, [range(2)]).write(work)

@@ -18,6 +18,7 @@ from videollm_mod_jax.benchmarking.streaming import StreamSettings
 from videollm_mod_jax.config_dict import COUNT, Checked, Interval, build
 from videollm_mod_jax.data.augment import Disturbance
 from videollm_mod_jax.data.example import Budget
+from videollm_mod_jax.data.feature_index import FeatureMeta, Place, ShardIndex
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.evaluation.answers import Decoding
 from videollm_mod_jax.experiment import Experiment, plain
@@ -74,6 +75,8 @@ def examples():
     collect(Execution())
     collect(Decoding(max_new_tokens=8, temperature=0.5, samples=2, seed=0))
     collect(Written(lines=3, sha256="a"))
+    collect(FeatureMeta(features_per_frame=3, width=4, fps=2.0, resolution=48, tower="a"))
+    collect(ShardIndex(records=1, videos={"a": Place(record=0, frames=3)}, bad={}))
     collect(Devices(platform="cpu", ids=(0,), seconds=1.5, workers=1))
     collect(StreamSettings(minutes=(1.0,), fps=2.0, streams=(1,), new_tokens=2, rounds=1, warmup=1))
     return found

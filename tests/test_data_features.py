@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from videollm_mod_jax.data.feature_index import FeatureIndex, FeatureMeta
 from videollm_mod_jax.data.feature_shards import (
     FRAMES_PER_RECORD,
-    FeatureMeta,
     ShardWriter,
     join_shards,
     read_shard_index,
@@ -123,8 +123,18 @@ def test_the_drawn_index(tmp_path):
         shard.append("c", features(1, 130))
         shard.end("c")
         shard.fail("d", "cannot read the video")
-    join_shards(tmp_path, META, shards)
-    assert json.loads((tmp_path / "index.json").read_text()) == {
+    index = join_shards(tmp_path, shards)
+    assert index == FeatureIndex(
+        frames_per_record=128,
+        shards={shards[0]: 4, shards[1]: 2},
+        record={"a": 0, "b": 3, "c": 4},
+        frames={"a": 300, "b": 20, "c": 130},
+        bad={"d": "cannot read the video"},
+    )
+    index.write(tmp_path, META)
+    written = json.loads((tmp_path / "index.json").read_text())
+    assert len(written.pop("sha256")) == 64
+    assert written == {
         "frames_per_record": 128,
         "shards": {
             "features-00000-of-00002.array_record": 4,
@@ -149,7 +159,7 @@ def test_the_beginning_of_a_bad_video_is_nobodys(tmp_path):
         for part in np.split(VIDEOS["c"], [1, 100, 200]):
             shard.append("c", part)
         shard.end("c")
-    join_shards(tmp_path, META, [name])
+    join_shards(tmp_path, [name]).write(tmp_path, META)
     source = FeatureSource(tmp_path)
     assert source.videos.frames == {"c": len(VIDEOS["c"])}
     np.testing.assert_array_equal(source.read("c"), VIDEOS["c"].astype(np.float16))
@@ -162,7 +172,7 @@ def test_two_shards_may_not_hold_one_name(tmp_path):
             shard.append("a", features(0, 2))
             shard.end("a")
     with pytest.raises(UserError, match="a: two videos have this name"):
-        join_shards(tmp_path, META, shards)
+        join_shards(tmp_path, shards)
 
 
 def write_and_stop(path):
@@ -200,8 +210,62 @@ def test_a_store_that_is_not_whole_is_refused(tmp_path):
     (tmp_path / "f" / shard_name(0, 1)).rename(tmp_path / "away")
     with pytest.raises(UserError, match=f"{shard_name(0, 1)} is missing"):
         FeatureSource(tmp_path / "f")
-    (tmp_path / "f" / "index.json").write_text("{")
-    with pytest.raises(UserError, match="f: not a feature store"):
+    write(tmp_path / "g")
+    (tmp_path / "g" / "index.json").write_text("{")
+    with pytest.raises(UserError, match=r"g/index\.json is not json"):
+        FeatureSource(tmp_path / "g")
+    (tmp_path / "g" / "index.json").unlink()
+    with pytest.raises(UserError, match="g: not a feature store"):
+        FeatureSource(tmp_path / "g")
+
+
+def changes(value):
+    """Copies of a json value with one part changed, or left out."""
+    if isinstance(value, dict):
+        for key in value:
+            yield {k: v for k, v in value.items() if k != key}
+            yield {f"{k} again" if k == key else k: v for k, v in value.items()}
+            yield from ({**value, key: changed} for changed in changes(value[key]))
+    elif isinstance(value, list):
+        for i in range(len(value)):
+            yield value[:i] + value[i + 1 :]
+            yield [*value[:i], value[i - 1], *value[i + 1 :]]
+            yield from ([*value[:i], changed, *value[i + 1 :]] for changed in changes(value[i]))
+    else:
+        yield from (None, [], {}, "other", True, 0, -1, 0.5, 1, 2, 10**9, 10**30)
+
+
+@pytest.mark.parametrize("file", ["meta.json", "index.json"])
+def test_no_change_of_an_index_gives_other_features(tmp_path, file):
+    write(tmp_path / "f")
+    path = tmp_path / "f" / file
+    whole = json.loads(path.read_text())
+    # Stores of older versions have no checksum: their shards are asked.
+    without = {name: value for name, value in whole.items() if name != "sha256"}
+    tried = 0
+    for stored in (whole, without) if file == "index.json" else (whole,):
+        for changed in changes(stored):
+            path.write_text(json.dumps(changed))
+            tried += 1
+            if json.dumps(changed) in (json.dumps(whole), json.dumps(without)):
+                source = FeatureSource(tmp_path / "f")
+                for name, features_FNW in VIDEOS.items():
+                    np.testing.assert_array_equal(source.read(name), features_FNW.astype("f2"))
+            else:
+                with pytest.raises(UserError) as caught:
+                    FeatureSource(tmp_path / "f")
+                assert str(tmp_path / "f") in str(caught.value)
+    assert tried > 50
+
+
+def test_no_size_that_an_index_names_is_allocated(tmp_path):
+    write(tmp_path / "f")
+    path = tmp_path / "f" / "index.json"
+    index = json.loads(path.read_text())
+    del index["sha256"]
+    index["videos"]["frames"][0] = 10**9
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index.json has 1,000,000,530 frames of 24 bytes, and "):
         FeatureSource(tmp_path / "f")
 
 
@@ -209,16 +273,15 @@ def test_damage_is_named(tmp_path):
     write(tmp_path / "f")
     shard = tmp_path / "f" / shard_name(0, 1)
     data = shard.read_bytes()
-    for damaged in (
-        data[: len(data) // 2],
-        data[:9000] + b"\0" * 5000 + data[14000:],
-        b"",
-    ):
+    for damaged in (data[: len(data) // 2], data[:9000] + b"\0" * 5000 + data[14000:]):
         shard.write_bytes(damaged)
         source = FeatureSource(tmp_path / "f")
         with pytest.raises(UserError, match="f: c: the stored features are damaged") as caught:
             source.read("c")
         assert "\n" not in str(caught.value)
+    shard.write_bytes(b"")
+    with pytest.raises(UserError, match="frames of 24 bytes, and its shards have 0 bytes"):
+        FeatureSource(tmp_path / "f")
     with pytest.raises(UserError, match="array_record is damaged"):
         read_shard_index(shard)
 
@@ -226,7 +289,8 @@ def test_damage_is_named(tmp_path):
 FULL = """
 import resource, signal, sys
 import numpy as np
-from videollm_mod_jax.data.features import FeatureMeta, FeatureWriter
+from videollm_mod_jax.data.feature_index import FeatureMeta
+from videollm_mod_jax.data.features import FeatureWriter
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -17,7 +17,8 @@ from tests.ended import status_of
 from tests.tiny_videos import CONFIG, FRAMES, write_folder, write_model
 from videollm_mod_jax import encode
 from videollm_mod_jax.data import decoding, video_folder
-from videollm_mod_jax.data.feature_shards import FeatureMeta, join_shards, shard_name
+from videollm_mod_jax.data.feature_index import FeatureMeta
+from videollm_mod_jax.data.feature_shards import join_shards, shard_name
 from videollm_mod_jax.data.features import FeatureSource
 from videollm_mod_jax.data.frame_batches import Batch, Part, VideoError, batched
 from videollm_mod_jax.data.video import read_video, write_video
@@ -299,6 +300,6 @@ def test_the_device_has_the_next_batch_before_we_wait_for_one(tmp_path):
         *("decode 0", "encode 0", "decode 1", "encode 1", "take 0"),
         *("decode 2", "encode 2", "take 1", "take 2"),
     ]
-    join_shards(tmp_path, meta, [shard_name(0, 1)])
+    join_shards(tmp_path, [shard_name(0, 1)]).write(tmp_path, meta)
     stored_F = FeatureSource(tmp_path).read("a")[:, 0, 0]
     assert stored_F.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2]

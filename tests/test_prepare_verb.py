@@ -14,7 +14,7 @@ from videollm_mod_jax import prepare
 from videollm_mod_jax.data.annotations import Report
 from videollm_mod_jax.data.builders import registry
 from videollm_mod_jax.data.builders.stored import open_dataset
-from videollm_mod_jax.data.feature_shards import FeatureMeta
+from videollm_mod_jax.data.feature_index import FeatureMeta
 from videollm_mod_jax.data.features import FeatureWriter
 
 

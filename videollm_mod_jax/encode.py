@@ -35,15 +35,8 @@ from videollm_mod_jax.data import files
 from videollm_mod_jax.data.builders.tfds_files import FEATURES, check_tfds_files
 from videollm_mod_jax.data.decoding import decode_shards
 from videollm_mod_jax.data.encoding_plan import PLAN, EncodingPlan, sources_of
-from videollm_mod_jax.data.feature_shards import (
-    BYTES_PER_NUMBER,
-    INDEX,
-    META,
-    SHARDS,
-    FeatureMeta,
-    join_shards,
-    shard_name,
-)
+from videollm_mod_jax.data.feature_index import INDEX, META, FeatureMeta
+from videollm_mod_jax.data.feature_shards import SHARDS, join_shards, shard_name
 from videollm_mod_jax.data.features import FeatureSource
 from videollm_mod_jax.data.frame_batches import Batch, batched
 from videollm_mod_jax.data.video_folder import IMAGES, VIDEOS, about_frames, divide, find_videos
@@ -119,7 +112,7 @@ def _plan(videos: Path, meta: FeatureMeta, path: Path, partial: Path) -> None:
         with ThreadPoolExecutor() as threads:
             lengths = threads.map(lambda file: about_frames(file, meta.fps), found.values())
             frames = list(progress.track(lengths, "Looking at videos", len(found)))
-        shards = divide(frames, _frame_bytes(meta))
+        shards = divide(frames, meta.frame_bytes)
         EncodingPlan(meta, sources, shards).write(partial)
     files.remove_leftovers(partial)
 
@@ -199,7 +192,7 @@ def _encode_records(
     first = (float(records[0]["fps"]), np.shape(records[0]["frames"])[1:])
     meta = _meta(config, tower_params, first[0])
     frames = len(records[0]["frames"])
-    shards = divide([frames] * len(records), _frame_bytes(meta))
+    shards = divide([frames] * len(records), meta.frame_bytes)
     own = range(len(shards))[jax.process_index() :: jax.process_count()]
 
     def batches() -> Iterator[tuple[int, Batch]]:
@@ -263,16 +256,13 @@ def _meta(config: VideoLLMConfig, tower_params: Mapping[str, Any], fps: float) -
     )
 
 
-def _frame_bytes(meta: FeatureMeta) -> int:
-    return meta.features_per_frame * meta.width * BYTES_PER_NUMBER
-
-
 def _finish(partial: Path, path: Path, meta: FeatureMeta, count: int) -> None:
     """Joins the shards, once all processes have written theirs, and gives the store its name."""
     distributed.barrier("encoded")
     with distributed.lead_first("joined") as lead:
         if lead:
-            join_shards(partial, meta, [shard_name(shard, count) for shard in range(count)])
+            shards = [shard_name(shard, count) for shard in range(count)]
+            join_shards(partial, shards).write(partial, meta)
             os.rename(partial, path)
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich import progress
 
-from videollm_mod_jax.data.feature_shards import FeatureMeta, ShardWriter, shard_name
+from videollm_mod_jax.data.feature_index import FeatureMeta
+from videollm_mod_jax.data.feature_shards import ShardWriter, shard_name
 from videollm_mod_jax.data.frame_batches import Batch
 from videollm_mod_jax.models.config import VideoLLMConfig
 from videollm_mod_jax.models.vision import VisionTower, preprocess

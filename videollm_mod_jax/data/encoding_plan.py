@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from videollm_mod_jax.config_dict import build
 from videollm_mod_jax.data import files
-from videollm_mod_jax.data.feature_shards import FeatureMeta
+from videollm_mod_jax.data.feature_index import FeatureMeta
 from videollm_mod_jax.errors import UserError
 
 PLAN = "sources.json"
@@ -53,7 +54,7 @@ class EncodingPlan:
         try:
             table = files.read_json(directory / PLAN)
             return cls(
-                FeatureMeta(**table["meta"]),
+                build(FeatureMeta, table["meta"], "meta"),
                 {name: (file, size) for name, (file, size) in table["sources"].items()},
                 [range(start, stop) for start, stop in table["shards"]],
             )

@@ -14,45 +14,22 @@ Shape suffixes: F frames, N tokens per frame, W width of the features.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 
+from videollm_mod_jax.config_dict import build
 from videollm_mod_jax.data import files
+from videollm_mod_jax.data.feature_index import FeatureIndex, FeatureMeta, Place, ShardIndex
 from videollm_mod_jax.errors import UserError
 
-META, INDEX = "meta.json", "index.json"
 FRAMES_PER_RECORD = 128
-BYTES_PER_NUMBER = 2  # float16
 # Compression would save 8% of float16 features and make reading them three times slower.
 _OPTIONS = "group_size:1,uncompressed"
-
-
-@dataclass(frozen=True)
-class FeatureMeta:
-    """What every video of a feature store shares.
-
-    Attributes:
-      features_per_frame: vectors per frame, as the tower gives them: N, unless the model pools
-        them behind its connector.
-      width: W.
-      fps: frames per second.
-      resolution: side in pixels of the square that the tower saw.
-      tower: fingerprint of the vision tower's configuration and weights.
-    """
-
-    features_per_frame: int
-    width: int
-    fps: float
-    resolution: int
-    tower: str
 
 
 SHARDS = "features-*-of-*.array_record"
@@ -157,8 +134,8 @@ class ShardWriter:
         self._waiting = np.zeros(shape, np.float16)
 
 
-def read_shard_index(path: str | os.PathLike) -> dict[str, Any]:
-    """The index of a shard: `records` of frames; `videos`: first record and frames by name; `bad`.
+def read_shard_index(path: str | os.PathLike) -> ShardIndex:
+    """Reads what a shard says of itself.
 
     Raises:
       UserError: the file is damaged.
@@ -166,15 +143,16 @@ def read_shard_index(path: str | os.PathLike) -> dict[str, Any]:
     try:
         reader = array_record_module.ArrayRecordReader(os.fspath(path))
         try:
-            return json.loads(reader.read([reader.num_records() - 1])[0])
+            last = reader.read([reader.num_records() - 1])[0]
         finally:
             reader.close()
+        return build(ShardIndex, files.parse_json(last, f"{path}: its index"), f"{path}: its index")
     except (RuntimeError, ValueError, IndexError) as error:
         raise UserError(f"{path} is damaged: {error}; remove it and encode again") from error
 
 
-def join_shards(directory: pathlib.Path, meta: FeatureMeta, shards: Sequence[str]) -> None:
-    """Writes the index of a store from those of its shards, whose records are counted through.
+def join_shards(directory: pathlib.Path, shards: Sequence[str]) -> FeatureIndex:
+    """Returns the index of a store from those of its shards, whose records are counted through.
 
     ```
     shard 0   a: 300 frames, b: 20 frames      records 0 1 2 | 3
@@ -182,38 +160,35 @@ def join_shards(directory: pathlib.Path, meta: FeatureMeta, shards: Sequence[str
 
     frames_per_record  128
     shards             features-00000-of-00002.array_record: 4, features-00001-of-...: 2
-    videos             name: a b c   record: 0 3 4   frames: 300 20 130
+    record             a: 0, b: 3, c: 4
+    frames             a: 300, b: 20, c: 130
     bad                d: cannot read the video
     ```
 
     Args:
       directory: of the shards.
-      meta: what the videos share.
       shards: their file names, in order.
 
     Raises:
       UserError: two shards hold a video of one name, or one is damaged.
     """
-    records, videos, bad, before = {}, {}, {}, 0
+    records: dict[str, int] = {}
+    places: dict[str, Place] = {}
+    bad: dict[str, str] = {}
+    before = 0
     for shard in shards:
         index = read_shard_index(directory / shard)
-        for name, video in index["videos"].items():
-            if name in videos:
+        for name, place in index.videos.items():
+            if name in places:
                 raise UserError(f"{directory}: {name}: two videos have this name")
-            videos[name] = video | {"record": before + video["record"]}
-        records[shard] = index["records"]
-        bad |= index["bad"]
-        before += index["records"]
-    index = {
-        "frames_per_record": FRAMES_PER_RECORD,
-        "shards": records,
-        "videos": {
-            "name": list(videos),
-            "record": [video["record"] for video in videos.values()],
-            "frames": [video["frames"] for video in videos.values()],
-        },
-        "bad": bad,
-    }
-    for name, value in ((META, dataclasses.asdict(meta)), (INDEX, index)):
-        with files.written_aside(directory / name) as aside:
-            aside.write_text(json.dumps(value) + "\n")
+            places[name] = Place(before + place.record, place.frames)
+        records[shard] = index.records
+        bad |= index.bad
+        before += index.records
+    return FeatureIndex(
+        frames_per_record=FRAMES_PER_RECORD,
+        shards=records,
+        record={name: place.record for name, place in places.items()},
+        frames={name: place.frames for name, place in places.items()},
+        bad=bad,
+    )

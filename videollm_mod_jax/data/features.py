@@ -4,7 +4,6 @@ Shape suffixes: F frames, N tokens per frame, W width of the features.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 
@@ -13,14 +12,8 @@ import numpy as np
 
 from videollm_mod_jax.data import files
 from videollm_mod_jax.data.annotations import Videos
-from videollm_mod_jax.data.feature_shards import (
-    INDEX,
-    META,
-    FeatureMeta,
-    ShardWriter,
-    join_shards,
-    shard_name,
-)
+from videollm_mod_jax.data.feature_index import INDEX, META, FeatureMeta, damaged, read_store
+from videollm_mod_jax.data.feature_shards import ShardWriter, join_shards, shard_name
 from videollm_mod_jax.errors import UserError
 
 
@@ -48,19 +41,11 @@ class FeatureSource:
           UserError: no feature store there, or a field that is not as expected.
         """
         self.path = pathlib.Path(path)
-        try:
-            self.meta = FeatureMeta(**json.loads((self.path / META).read_text()))
-            index = json.loads((self.path / INDEX).read_text())
-            self.bad: dict[str, str] = index["bad"]
-            self._frames_per_record: int = index["frames_per_record"]
-            shards, videos = dict(index["shards"]), dict(index["videos"])
-            self._first = dict(zip(videos["name"], videos["record"], strict=True))
-            frames = dict(zip(videos["name"], videos["frames"], strict=True))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: not a feature store (no valid {META} and {INDEX}); encode the videos "
-                "first"
-            ) from error
+        self.meta, index, has_checksum = read_store(self.path)
+        if not has_checksum and index != join_shards(self.path, list(index.shards)):
+            raise damaged(self.path, f"{INDEX} is not that of its shards")
+        self.bad = index.bad
+        self._frames_per_record, self._first = index.frames_per_record, index.record
         for field, value in expected.items():
             found = getattr(self.meta, field)
             if found != value:
@@ -68,12 +53,9 @@ class FeatureSource:
                     f"{self.path / META}: field '{field}': expected {value}, found {found}; "
                     "encode the videos again"
                 )
-        for shard in shards:
-            if not (self.path / shard).is_file():
-                raise UserError(f"{self.path / shard} is missing; encode the videos again")
-        self.videos = Videos(self.meta.fps, frames)
+        self.videos = Videos(self.meta.fps, index.frames)
         # With the number of records given, a shard is opened when it is first read.
-        paths = [f"{self.path / shard}[0:{records}]" for shard, records in shards.items()]
+        paths = [f"{self.path / shard}[0:{records}]" for shard, records in index.shards.items()]
         self._records = grain.sources.ArrayRecordDataSource(paths)
 
     def __contains__(self, name: object) -> bool:
@@ -163,4 +145,4 @@ class FeatureWriter:
 
     def _join(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if kind is None:
-            join_shards(self._directory, self._meta, [shard_name(0, 1)])
+            join_shards(self._directory, [shard_name(0, 1)]).write(self._directory, self._meta)
