@@ -166,7 +166,8 @@ def _index(directory: Path, values: Mapping[str, Any]) -> FeatureIndex:
             "shards": dict(shards),
             "videos": {"name": [*names], "record": [*records], "frames": [*frames]},
             "bad": dict(bad),
-        }:
+            **others,
+        } if not others:
             pass
         case _:
             raise damaged(directory, f"{INDEX} is {shown(values)}, which is no index")
