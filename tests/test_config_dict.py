@@ -17,6 +17,8 @@ import videollm_mod_jax
 from videollm_mod_jax.benchmarking.streaming import StreamSettings
 from videollm_mod_jax.config_dict import COUNT, Checked, Interval, build
 from videollm_mod_jax.data.augment import Disturbance
+from videollm_mod_jax.data.builders.counting import Split
+from videollm_mod_jax.data.builders.stored import Description
 from videollm_mod_jax.data.example import Budget
 from videollm_mod_jax.data.feature_index import FeatureMeta, Place, ShardIndex
 from videollm_mod_jax.errors import UserError
@@ -77,6 +79,19 @@ def examples():
     collect(Written(lines=3, sha256="a"))
     collect(FeatureMeta(features_per_frame=3, width=4, fps=2.0, resolution=48, tower="a"))
     collect(ShardIndex(records=1, videos={"a": Place(record=0, frames=3)}, bad={}))
+    split = Split(records=1, videos=1, frames=2, turns=2)
+    collect(split)
+    collect(
+        Description(
+            name="a",
+            benchmark="stream",
+            labels=(),
+            fps=2.0,
+            max_frames=3,
+            splits={"train": split},
+            sha256={},
+        )
+    )
     collect(Devices(platform="cpu", ids=(0,), seconds=1.5, workers=1))
     collect(StreamSettings(minutes=(1.0,), fps=2.0, streams=(1,), new_tokens=2, rounds=1, warmup=1))
     return found

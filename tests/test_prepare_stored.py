@@ -154,9 +154,25 @@ def test_checking_counts_the_same_and_writes_nothing(tmp_path):
 
 def test_a_dataset_is_never_overwritten(tmp_path):
     path = write(tmp_path, train=RECORDS)
-    with pytest.raises(UserError, match="toy: exists already; remove it"):
-        write(tmp_path, train=RECORDS[:1])
+    for other in (
+        {"train": RECORDS[:1]},
+        {"train": RECORDS, "test": RECORDS},
+        {"train": RECORDS[::-1]},
+        {"train": (*RECORDS[:2], dataclasses.replace(RECORDS[2], target="other"))},
+    ):
+        with pytest.raises(UserError, match="toy: exists already, made of other records; remove"):
+            write(tmp_path, **other)
     assert len(stored.open_dataset(path).records("train")) == 3
+    (path / "1.0.0" / "dataset.json").write_text("{}")
+    with pytest.raises(UserError, match="toy: exists already, and holds no prepared dataset"):
+        write(tmp_path, train=RECORDS)
+
+
+def test_the_same_records_are_not_written_again(tmp_path):
+    path = write(tmp_path, train=RECORDS)
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    assert write(tmp_path, train=RECORDS) == path
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UserError("f.json: damaged")])

@@ -121,9 +121,16 @@ def test_what_cannot_be_prepared_is_one_line_and_status_2(
 def test_a_dataset_is_never_overwritten(source, tmp_path, capsys):
     arguments = ["--dataset", "own", *source, "--out", f"{tmp_path}"]
     assert prepare.main(arguments) == 0
-    capsys.readouterr()
-    assert prepare.main(arguments) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'own'}: exists already")
+    assert f"wrote {tmp_path / 'own'}\n" in capsys.readouterr().out
+    # Killed after all was written, a command comes to its end when it is given again.
+    assert prepare.main(arguments) == 0
+    assert f"{tmp_path / 'own'} holds these records already\n" in capsys.readouterr().out
+    assert prepare.main([*arguments, "--max-frames", "5"]) == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith(f"error: {tmp_path / 'own'}: exists already")
+    )
 
 
 def test_every_dataset_is_listed_and_has_a_page(capsys):

@@ -79,6 +79,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
             path = Path(arguments.out) / dataset.name
             with locked(path, "prepare", beside=True):
                 files.remove_leftovers_of(path)
+                existed = path.exists()
                 write_dataset(dataset, source, Path(arguments.out))
             splits = open_dataset(path).splits
     except UserError:
@@ -87,7 +88,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     _print_report(source.report)
     _print_splits(splits)
     if not arguments.check:
-        print(f"wrote {path}")
+        print(f"{path} holds these records already" if existed else f"wrote {path}")
 
 
 def _print_report(report: Report) -> None:

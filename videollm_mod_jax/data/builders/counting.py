@@ -1,9 +1,12 @@
 """What every record of a dataset must be, and how many there are."""
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import Annotated
 
+from videollm_mod_jax.config_dict import COUNT_OR_NONE, Checked, Interval
 from videollm_mod_jax.data import dialogue
 from videollm_mod_jax.data.annotations import (
     FieldError,
@@ -17,7 +20,7 @@ from videollm_mod_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Split:
+class Split(Checked):
     """What a split of a prepared dataset amounts to.
 
     Attributes:
@@ -27,10 +30,10 @@ class Split:
       turns: turns of all records.
     """
 
-    records: int
-    videos: int
-    frames: int
-    turns: int
+    records: COUNT_OR_NONE
+    videos: COUNT_OR_NONE
+    frames: Annotated[int, Interval("[0, 2**63)")]
+    turns: Annotated[int, Interval("[0, 2**63)")]
 
 
 class CountedSplit:
@@ -49,6 +52,7 @@ class CountedSplit:
         self.videos: dict[str, None] = {}
         self._records, self._stored = itertools.chain(first, records), videos
         self._count = self._frames = self._turns = 0
+        self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Record]:
         ids = set()
@@ -61,7 +65,13 @@ class CountedSplit:
             self._count += 1
             self._frames += len(frame_range(record, self._stored.fps))
             self._turns += len(record.turns)
+            self._digest.update(repr(record).encode())
             yield record
+
+    @property
+    def sha256(self) -> str:
+        """Of what has passed so far; the same for the same records in the same order."""
+        return self._digest.hexdigest()
 
     @property
     def counts(self) -> Split:

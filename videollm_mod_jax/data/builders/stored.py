@@ -17,18 +17,19 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from rich import progress
 
+from videollm_mod_jax.config_dict import COUNT, Checked, Interval, build
 from videollm_mod_jax.console import make_console
 from videollm_mod_jax.data import files
 from videollm_mod_jax.data.annotations import Dataset, Record, Source, Turn
 from videollm_mod_jax.data.builders.counting import CountedSplit, Split
 from videollm_mod_jax.data.builders.tfds_files import check_tfds_files
-from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.errors import UserError, shown
 from videollm_mod_jax.names import check_name
 
 VERSION = tfds.core.Version("1.0.0")
@@ -51,6 +52,23 @@ _FEATURES = {
     },
     "target": tfds.features.Text(),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description(Checked):
+    """What `dataset.json` says of a prepared dataset; see `StoredDataset`.
+
+    Attributes:
+      sha256: of the records of each split, in order.
+    """
+
+    name: str
+    benchmark: str
+    labels: tuple[str, ...]
+    fps: Annotated[float, Interval("(0, 1000]")]
+    max_frames: COUNT
+    splits: Mapping[str, Split]
+    sha256: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +109,14 @@ class StoredDataset:
           UserError: no such split.
         """
         self._check(split)
-        return tuple(_read_json(self.directory / str(VERSION) / _VIDEOS)[split])
+        path = self.directory / str(VERSION) / _VIDEOS
+        names = _read_json(path).get(split)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(
+                f"{path}: {split} is {shown(names)}; expected the names of its videos; remove the "
+                "dataset and prepare it again"
+            )
+        return tuple(names)
 
     def _check(self, split: str) -> None:
         if split not in self.splits:
@@ -110,6 +135,7 @@ class StoredRecords(Sequence[Record]):
         with _refusing_damage(self._directory):
             builder = tfds.builder_from_directory(self._directory / str(VERSION))
             self._source = builder.as_data_source(split)
+        self._split = split
 
     def __len__(self) -> int:
         return len(self._source)
@@ -117,15 +143,16 @@ class StoredRecords(Sequence[Record]):
     def __getitem__(self, index: int) -> Record:
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        with _refusing_damage(self._directory):
+        with _refusing_damage(self._directory, f"record {index % len(self)} of {self._split}"):
             return _record(self._source[index % len(self)])
 
 
 def write_dataset(dataset: Dataset, source: Source, out: Path) -> Path:
     """Reads a dataset and writes its records, with a progress bar.
 
-    An interrupted run leaves no dataset, and the same command makes it from the beginning. What
-    became of the annotations is in `source.report` afterwards.
+    An interrupted run leaves no dataset, and the same command makes it from the beginning; where it
+    was made before, of the same records, nothing is written. What became of the annotations is in
+    `source.report` afterwards.
 
     Args:
       dataset: what to read.
@@ -136,12 +163,21 @@ def write_dataset(dataset: Dataset, source: Source, out: Path) -> Path:
       OUT/NAME, for `open_dataset`.
 
     Raises:
-      UserError: OUT/NAME exists, a file of the source cannot be used, or no annotation can.
+      UserError: OUT/NAME exists and holds something else, a file of the source cannot be used, or
+        no annotation can.
     """
     target = Path(out) / dataset.name
-    if target.exists():
-        raise UserError(f"{target}: exists already; remove it or write elsewhere")
     labels, splits = _read(dataset, source)
+    if target.exists():
+        found = _read_existing(target)
+        for name, split in splits.items():
+            for _ in _tracked(split, f"Comparing {name}"):
+                pass
+        if found != _describe(dataset, source, labels, splits):
+            raise UserError(
+                f"{target}: exists already, made of other records; remove it or write elsewhere"
+            )
+        return target
     tfds.disable_progress_bar()  # ours is that of `_Builder`
     with files.written_aside(target) as aside:
         tree = aside / "tfds"  # TFDS leaves more than the dataset in it
@@ -150,17 +186,8 @@ def write_dataset(dataset: Dataset, source: Source, out: Path) -> Path:
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
         written = Path(builder.data_dir)
-        counts = {name: split.counts for name, split in splits.items()}
-        shared = {
-            "name": dataset.name,
-            "benchmark": dataset.benchmark,
-            "labels": labels,
-            "fps": source.videos.fps,
-            "max_frames": source.max_frames,
-            "splits": {name: dataclasses.asdict(count) for name, count in counts.items()},
-            "report": vars(source.report),
-        }
-        _write_json(written / _DATASET, shared)
+        shared = dataclasses.asdict(_describe(dataset, source, labels, splits))
+        _write_json(written / _DATASET, shared | {"report": vars(source.report)})
         _write_json(written / _VIDEOS, {name: list(s.videos) for name, s in splits.items()})
         written.rename(aside / str(VERSION))
         shutil.rmtree(tree)  # made above
@@ -193,21 +220,60 @@ def open_dataset(directory: str | os.PathLike) -> StoredDataset:
       UserError: there is none, or its files are damaged.
     """
     directory = Path(directory)
-    shared = _read_json(directory / str(VERSION) / _DATASET)
+    shared = _read_description(directory)
     features = tfds.features.FeaturesDict(_FEATURES)
     check_tfds_files(directory / str(VERSION), "remove it and prepare it again", features)
-    with _refusing_damage(directory):
-        for name in (shared["name"], *shared["splits"]):
-            check_name(name, f"{directory / str(VERSION) / _DATASET}: a name")
-        return StoredDataset(
-            directory=directory,
-            name=shared["name"],
-            benchmark=shared["benchmark"],
-            labels=tuple(shared["labels"]),
-            fps=shared["fps"],
-            max_frames=shared["max_frames"],
-            splits={name: Split(**counts) for name, counts in shared["splits"].items()},
-        )
+    return StoredDataset(
+        directory=directory,
+        name=shared.name,
+        benchmark=shared.benchmark,
+        labels=shared.labels,
+        fps=shared.fps,
+        max_frames=shared.max_frames,
+        splits=shared.splits,
+    )
+
+
+def _describe(
+    dataset: Dataset,
+    source: Source,
+    labels: tuple[str, ...],
+    splits: Mapping[str, CountedSplit],
+) -> Description:
+    """What the records share, once all of them have passed."""
+    return Description(
+        name=dataset.name,
+        benchmark=dataset.benchmark,
+        labels=labels,
+        fps=source.videos.fps,
+        max_frames=source.max_frames,
+        splits={name: split.counts for name, split in splits.items()},
+        sha256={name: split.sha256 for name, split in splits.items()},
+    )
+
+
+def _read_description(directory: Path) -> Description:
+    path = directory / str(VERSION) / _DATASET
+    values = _read_json(path)
+    # Older versions wrote no checksums.
+    fields = {"sha256": {}} | {key: values[key] for key in values if key != "report"}
+    try:
+        described = build(Description, fields, str(path))
+        for name in (described.name, *described.splits):
+            check_name(name, f"{path}: a name")
+    except UserError as error:
+        raise UserError(f"{error}; remove it and prepare it again") from error
+    return described
+
+
+def _read_existing(target: Path) -> Description:
+    try:
+        return _read_description(target)
+    except UserError as error:
+        raise UserError(
+            f"{target}: exists already, and holds no prepared dataset ({error}); remove it or "
+            "write elsewhere"
+        ) from error
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -302,15 +368,17 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path}: expected a prepared dataset, found none; prepare it")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected a prepared dataset, found none; prepare it") from error
+        return files.read_json_object(path)
+    except UserError as error:
+        raise UserError(f"{error}; remove the dataset and prepare it again") from error
 
 
 @contextlib.contextmanager
-def _refusing_damage(directory: Path) -> Iterator[None]:
+def _refusing_damage(directory: Path, what: str = "the prepared dataset") -> Iterator[None]:
     """Turns what TFDS raises for damaged files into a UserError."""
     try:
         yield
@@ -319,6 +387,6 @@ def _refusing_damage(directory: Path) -> Iterator[None]:
     # The libraries below raise whatever they trip over.
     except Exception as error:
         raise UserError(
-            f"{directory}: the prepared dataset is damaged ({type(error).__name__}); remove it and "
+            f"{directory}: {what} is damaged ({type(error).__name__}); remove it and "
             "prepare it again"
         ) from error
