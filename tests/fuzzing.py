@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from tests import damage
-from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.errors import UserError, printable
 
 SECONDS = 20
 """That a reader may take for one damaged file; those of these sizes take a tenth of one."""
@@ -159,6 +159,18 @@ def _read_dataset(work: Path) -> Any:
     dataset = open_dataset(work / "out" / "toy")
     return [
         (split, dataset.videos(split), list(dataset.records(split))) for split in dataset.splits
+    ]
+
+
+def _read_drawn(work: Path) -> Any:
+    from videollm_mod_jax.data.builders.digits_stream import DigitsConfig, DigitsDataset
+
+    config = DigitsConfig(train=2, validation=1, test=1, frames=3)
+    dataset = DigitsDataset(work / "data", config)
+    return [
+        (stream["frames"], record)
+        for split in dataset.splits
+        for stream, record in zip(dataset.streams(split), dataset.records(split), strict=True)
     ]
 
 
@@ -344,6 +356,7 @@ READERS = {
     "config": Reader(_make_run_config, _read_run_config),
     "features": Reader(_make_features, _read_features, guarded=".*"),
     "dataset": Reader(_make_dataset, _read_dataset),
+    "drawn": Reader(lambda work: _read_drawn(work) and None, _read_drawn),
     "llava": Reader(_source("llava"), _read_source),
     "clip": Reader(_source("clip"), _read_source),
     "conversion": Reader(_make_conversion, _read_conversion, ("model/**/*",)),
@@ -382,7 +395,7 @@ def fuzz(reader: Reader, mutants: int, seed: int) -> Iterator[tuple[str, str, st
             rng = random.Random(each)
             # Small files say more than those of weights, and are as many mutants' as these.
             file = rng.choice(files)
-            done = f"{each}: {file}: {damage_file(work / file, rng)}"
+            done = printable(f"{each}: {file}: {damage_file(work / file, rng)}")
             print(done, end="\r", flush=True)
             start = time.monotonic()
             ended, said = _read(reader, work, limit)

@@ -216,6 +216,23 @@ def test_tfds_build_is_reused(tmp_path, monkeypatch):
     assert again.records("train")[0] == first.records("train")[0]
 
 
+def test_damage_names_the_record_and_what_helps(tmp_path):
+    config = digits_stream.DigitsConfig(train=3, validation=1, test=1, frames=4)
+    digits_stream.DigitsDataset(tmp_path, config)
+    (shard,) = tmp_path.rglob("digits_stream-train.array_record*")
+    content = shard.read_bytes()
+    at = content.index(b"appears")
+    shard.write_bytes(content[:at] + b"APPEARS" + content[at + 7 :])
+    remedy = re.escape(f"remove {shard.parent}, and it is drawn again")
+    dataset = digits_stream.DigitsDataset(tmp_path, config)
+    with pytest.raises(UserError, match=rf"record \d of train is damaged \(.*; {remedy}"):
+        list(dataset.records("train"))
+    info = shard.parent / "dataset_info.json"
+    info.write_text("\ufeff" + info.read_text())
+    with pytest.raises(UserError, match=rf"dataset_info\.json is no .*; {remedy}"):
+        digits_stream.DigitsDataset(tmp_path, config)
+
+
 def test_tfds_build_of_a_listed_configuration(tmp_path, monkeypatch):
     """Such as the default one, made small: TFDS treats it unlike one of the caller's own."""
     small = digits_stream.DigitsConfig(train=2, validation=1, test=1, frames=4)

@@ -32,7 +32,7 @@ from rich import progress
 
 from videollm_mod_jax import cli
 from videollm_mod_jax.data import files
-from videollm_mod_jax.data.builders.tfds_files import FEATURES, check_tfds_files
+from videollm_mod_jax.data.builders.tfds_files import FEATURES, TfdsExamples, check_tfds_files
 from videollm_mod_jax.data.decoding import decode_shards
 from videollm_mod_jax.data.encoding_plan import PLAN, EncodingPlan, sources_of
 from videollm_mod_jax.data.feature_index import INDEX, META, FeatureMeta
@@ -348,7 +348,7 @@ def _open(name: str, data_dir: Path, split: str) -> Sequence[Mapping[str, Any]]:
     if split not in builder.info.splits:
         known = ", ".join(builder.info.splits)
         raise UserError(f"the split is {split!r}; {name} in {data_dir} has {known}")
-    return builder.as_data_source(split)
+    return TfdsExamples(Path(builder.data_dir), split, "take another copy of it")
 
 
 if __name__ == "__main__":

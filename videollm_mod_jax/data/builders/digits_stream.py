@@ -12,7 +12,7 @@ from rich import progress
 
 from videollm_mod_jax.data import digits
 from videollm_mod_jax.data.annotations import Record, Turn
-from videollm_mod_jax.data.builders.tfds_files import check_tfds_files
+from videollm_mod_jax.data.builders.tfds_files import TfdsExamples, check_tfds_files
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -117,23 +117,24 @@ class DigitsDataset:
         """
         # TFDS wants its own object for a configuration that the class lists.
         config = self.builder.builder_configs.get(config.name, config)
+        drawn = Path(data_dir) / self.builder.name / config.name / str(self.builder.VERSION)
+        if drawn.exists():
+            # The builder reads these files when it is made.
+            check_tfds_files(drawn, _remedy(drawn))
         builder = self.builder(
             data_dir=os.fspath(data_dir), config=config, file_format="array_record"
         )
-        drawn = Path(builder.data_dir)
         if drawn.exists():
-            remedy = f"remove {drawn}, and it is drawn again"
-            check_tfds_files(drawn, remedy, builder.info.features)
+            check_tfds_files(drawn, _remedy(drawn), builder.info.features)
         tfds.disable_progress_bar()  # ours is the one of `_generate_examples`
         builder.download_and_prepare()
-        # Reopened, because sources of a builder with a configuration of its own do not unpickle in
-        # the workers of a pipeline.
-        self._builder = tfds.builder_from_directory(builder.data_dir)
-        self.splits = tuple(self._builder.info.splits)
+        self._directory, self.splits = drawn, tuple(builder.info.splits)
 
     def streams(self, split: str) -> Sequence[Mapping[str, Any]]:
         """The streams of a split as TFDS reads them: `make_stream`, texts in bytes."""
-        return self._builder.as_data_source(split)
+        # Reopened, because sources of a builder with a configuration of its own do not unpickle in
+        # the workers of a pipeline.
+        return TfdsExamples(self._directory, split, _remedy(self._directory))
 
     def records(self, split: str) -> Sequence[Record]:
         """The streams of a split without their frames."""
@@ -166,3 +167,7 @@ class DigitsRecords(Sequence[Record]):
             stop=len(stream["frames"]) / float(stream["fps"]),
             turns=tuple(Turn(role.decode(), float(t), text.decode()) for role, t, text in rows),
         )
+
+
+def _remedy(directory: Path) -> str:
+    return f"remove {directory}, and it is drawn again"

@@ -28,12 +28,13 @@ from videollm_mod_jax.console import make_console
 from videollm_mod_jax.data import files
 from videollm_mod_jax.data.annotations import Dataset, Record, Source, Turn
 from videollm_mod_jax.data.builders.counting import CountedSplit, Split
-from videollm_mod_jax.data.builders.tfds_files import check_tfds_files
+from videollm_mod_jax.data.builders.tfds_files import TfdsExamples, check_tfds_files
 from videollm_mod_jax.errors import UserError, shown
 from videollm_mod_jax.names import check_name
 
 VERSION = tfds.core.Version("1.0.0")
 _DATASET, _VIDEOS = "dataset.json", "videos.json"
+_REMEDY = "remove it and prepare it again"
 
 # TFDS keeps numbers as float32, which moves 5400.1 s at 30 fps by a frame; bytes keep all digits.
 _SECONDS = {"dtype": np.float64, "encoding": "bytes"}
@@ -131,20 +132,13 @@ class StoredRecords(Sequence[Record]):
 
     def __init__(self, directory: str | os.PathLike, split: str):
         """Args: directory: of a `StoredDataset`; split: one that it has."""
-        self._directory = Path(directory)
-        with _refusing_damage(self._directory):
-            builder = tfds.builder_from_directory(self._directory / str(VERSION))
-            self._source = builder.as_data_source(split)
-        self._split = split
+        self._examples = TfdsExamples(Path(directory) / str(VERSION), split, _REMEDY)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._examples)
 
     def __getitem__(self, index: int) -> Record:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        with _refusing_damage(self._directory, f"record {index % len(self)} of {self._split}"):
-            return _record(self._source[index % len(self)])
+        return self._examples.read(index, _record)
 
 
 def write_dataset(dataset: Dataset, source: Source, out: Path) -> Path:
@@ -222,7 +216,7 @@ def open_dataset(directory: str | os.PathLike) -> StoredDataset:
     directory = Path(directory)
     shared = _read_description(directory)
     features = tfds.features.FeaturesDict(_FEATURES)
-    check_tfds_files(directory / str(VERSION), "remove it and prepare it again", features)
+    check_tfds_files(directory / str(VERSION), _REMEDY, features)
     return StoredDataset(
         directory=directory,
         name=shared.name,
@@ -262,7 +256,7 @@ def _read_description(directory: Path) -> Description:
         for name in (described.name, *described.splits):
             check_name(name, f"{path}: a name")
     except UserError as error:
-        raise UserError(f"{error}; remove it and prepare it again") from error
+        raise UserError(f"{error}; {_REMEDY}") from error
     return described
 
 
@@ -375,18 +369,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return files.read_json_object(path)
     except UserError as error:
         raise UserError(f"{error}; remove the dataset and prepare it again") from error
-
-
-@contextlib.contextmanager
-def _refusing_damage(directory: Path, what: str = "the prepared dataset") -> Iterator[None]:
-    """Turns what TFDS raises for damaged files into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    # The libraries below raise whatever they trip over.
-    except Exception as error:
-        raise UserError(
-            f"{directory}: {what} is damaged ({type(error).__name__}); remove it and "
-            "prepare it again"
-        ) from error

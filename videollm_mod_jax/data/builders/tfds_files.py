@@ -4,19 +4,22 @@ TFDS imports the Python class that `features.json` names, from the current direc
 the shards that `dataset_info.json` names, wherever they are. Datasets come from strangers.
 """
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tensorflow_datasets as tfds
 from google.protobuf import json_format
+from tensorflow_datasets.core.proto import dataset_info_pb2
 
-from videollm_mod_jax.data.files import read_json_object
+from videollm_mod_jax.data.files import read_bytes, read_json_object
 from videollm_mod_jax.errors import UserError, shown
 from videollm_mod_jax.names import check_name
 
 FEATURES, INFO = "features.json", "dataset_info.json"
 
+_T = TypeVar("_T")
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 _OF_TFDS = "tensorflow_datasets.core.features."
 
@@ -40,6 +43,53 @@ def check_tfds_files(
         _check_info(directory)
     except UserError as error:
         raise UserError(f"{error}; {remedy}") from error
+
+
+class TfdsExamples(Sequence[Mapping[str, Any]]):
+    """The examples of a split of a dataset that `check_tfds_files` has seen; picklable.
+
+    Raises:
+      UserError: from every method: its files are damaged.
+    """
+
+    def __init__(self, directory: Path, split: str, remedy: str):
+        """Opens a split.
+
+        Args:
+          directory: of the dataset's version.
+          split: that it has.
+          remedy: what to do about damage, for messages.
+        """
+        self._directory, self._split, self._remedy = directory, split, remedy
+        with self._refusing("the dataset"):
+            self._source = tfds.builder_from_directory(directory).as_data_source(split)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self.read(index, lambda example: example)
+
+    def read(self, index: int, decode: Callable[[Mapping[str, Any]], _T]) -> _T:
+        """Returns what `decode` makes of an example, which may be damaged in any way."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        index %= len(self)
+        with self._refusing(f"record {index} of {self._split}"):
+            return decode(self._source[index])
+
+    @contextlib.contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        """Turns what TFDS raises for damaged files into a UserError."""
+        try:
+            yield
+        except (UserError, MemoryError):
+            raise
+        # The libraries below raise whatever they trip over.
+        except Exception as error:
+            raise UserError(
+                f"{self._directory}: {what} is damaged ({type(error).__name__}); {self._remedy}"
+            ) from error
 
 
 def _check_features(path: Path, features: tfds.features.FeaturesDict | None) -> None:
@@ -74,6 +124,16 @@ def _class_names(value: Any) -> Iterator[Any]:
 def _check_info(directory: Path) -> None:
     path = directory / INFO
     info = read_json_object(path)
+    _check_splits(directory, info)
+    try:
+        # As TFDS reads it, which takes no byte order mark.
+        json_format.Parse(read_bytes(path).decode(), dataset_info_pb2.DatasetInfo())
+    except (json_format.ParseError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no dataset_info of TFDS: {error}") from error
+
+
+def _check_splits(directory: Path, info: Mapping[str, Any]) -> None:
+    path = directory / INFO
     dataset = check_name(info.get("name"), f"{path}: name")
     if info.get("fileFormat") != "array_record":
         raise UserError(
