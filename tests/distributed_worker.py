@@ -7,6 +7,7 @@ The variables of `distributed.ENVIRONMENT` say which process it is; TASK is one 
 
 import dataclasses
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from videollm_mod_jax.training import checkpoint, distributed, loop, sharding
 
 BATCH_SIZE = 8
 STEPS = 6
+SILENCE = 15.0
 VALIDATION = (2000, 2001)
 CHANGES = {"steps": STEPS, "checkpoint_every": 2, "sharding": "fsdp", "mesh": (2, -1, 1)}
 # Before this batch a run that is to be interrupted says so and waits.
@@ -34,7 +36,7 @@ def batches_from(start: int, waits: bool) -> Iterator[dict[str, np.ndarray]]:
     for index in range(start, 99):
         if waits and index == WAIT_AT:
             print("ready", flush=True)
-            time.sleep(3)
+            time.sleep(5)
         yield own_rows(index)
 
 
@@ -124,7 +126,8 @@ TASKS = {
 if __name__ == "__main__":
 
     def run():
-        distributed.initialize()
+        distributed.SILENCE = SILENCE
+        distributed.initialize(timeout=float(os.environ.get("TIMEOUT", "120")))
         TASKS[sys.argv[1]](Path(sys.argv[2]))
 
     sys.exit(cli.report_user_errors(run))

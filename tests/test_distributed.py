@@ -12,31 +12,37 @@ import numpy as np
 import pytest
 
 from tests import tiny_training
-from tests.distributed_worker import BATCH_SIZE, STEPS, VALIDATION
+from tests.distributed_worker import BATCH_SIZE, SILENCE, STEPS, VALIDATION
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLM
-from videollm_mod_jax.training import distributed, metrics
+from videollm_mod_jax.training import coordinator, distributed, metrics
 from videollm_mod_jax.training.checkpoint import load_model, save_model
 from videollm_mod_jax.training.step import BATCH_KEYS, make_validation_step
 
 ROOT = Path(__file__).parents[1]
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Job:
     """Processes of tests/distributed_worker.py, each with a share of eight simulated devices."""
 
-    def __init__(self, task, workdir, cache, processes=2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    def __init__(self, task, workdir, cache, processes=2, address=None, started=None, timeout=120):
+        """`started` are the numbers of those that come, of all by default."""
+        address = address or f"127.0.0.1:{free_port()}"
         flags = f" --xla_force_host_platform_device_count={8 // processes}"
         self.processes = []
-        for index in range(processes):
-            several = (f"127.0.0.1:{port}", str(processes), str(index)) if processes > 1 else ()
+        for index in range(processes) if started is None else started:
+            several = (address, str(processes), str(index)) if processes > 1 else ()
             env = {
                 **os.environ,
                 "PYTHONPATH": str(ROOT),
                 "JAX_COMPILATION_CACHE_DIR": str(cache),
+                "TIMEOUT": str(timeout),
                 "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + flags,
                 **dict(zip(distributed.ENVIRONMENT, several, strict=False)),
             }
@@ -73,6 +79,13 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
+def said(ended):
+    """The last line on the stderr of a process."""
+    error = ended[2]
+    assert "stack trace" not in error, error
+    return error.splitlines()[-1]
+
+
 def digests(ended):
     return re.findall("digest [0-9a-f]{64}", "".join(out for _, out, _ in ended))
 
@@ -95,7 +108,11 @@ def test_a_run_of_two_processes_survives_kills_and_restores_anywhere(tmp_path, c
     killed = Job("interrupted", run, cache)
     killed.signal_when_ready(1, signal.SIGKILL)
     ended = killed.end()
-    assert ended[0][0] != 0, "one process went on without the other"
+    assert ended[0][0] == 1, "one process went on without the other"
+    assert said(ended[0]) == (
+        f"error: process 1 of 2 has given no sign of life for {SILENCE:.0f} s, and the "
+        "others end; the same command goes on from the last checkpoint"
+    )
     assert ended[1][0] == -signal.SIGKILL
     assert len(metrics.read_metrics(run)) < STEPS
 
@@ -150,6 +167,41 @@ def test_processes_wait_for_the_first_and_hear_each_other_in_order(tmp_path, cac
     assert all(said in out for _, out, _ in ended)
 
 
+def test_a_port_that_is_in_use_is_one_line(tmp_path, cache):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        (ended,) = Job("gather", tmp_path, cache, address=address, started=[0]).end()
+    assert ended[0] == 2
+    assert said(ended).startswith(f"error: --coordinator {address}: port ")
+    assert "of this machine is in use; end what listens there, or" in said(ended)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "nobody.invalid"])
+def test_a_coordinator_that_is_not_reached_is_one_line(tmp_path, cache, host):
+    address = f"{host}:{free_port()}"
+    (ended,) = Job("gather", tmp_path, cache, address=address, started=[1], timeout=1).end()
+    assert ended[0] == 2
+    assert said(ended).startswith(f"error: --coordinator {address} was not reached for 1 s (")
+
+
+def test_a_process_that_never_comes_is_one_line_in_the_others(tmp_path, cache):
+    job = Job("gather", tmp_path, cache, processes=4, started=[0, 1], timeout=4)
+    for ended in job.end():
+        assert ended[0] == 2
+        assert "error: not all 4 processes of this job have met at 127.0.0.1:" in said(ended)
+        assert "after 4 s; start all" in said(ended)
+
+
+def test_the_drawn_addresses():
+    assert coordinator.parse_address("node-0:8476") == ("node-0", 8476)
+    assert coordinator.parse_address("[::1]:8476") == ("::1", 8476)
+    for text in ("node-0", "node-0:x", "node-0:70000", "::1:8476"):
+        with pytest.raises(UserError, match="expected host:port"):
+            coordinator.parse_address(text)
+
+
 def test_one_process_is_alone_with_itself():
     assert distributed.is_lead()
     assert distributed.gather({"a": [1]}) == [{"a": [1]}]
@@ -162,6 +214,11 @@ def test_one_process_is_alone_with_itself():
     ("arguments", "variables", "message"),
     [
         (("here", 2, 0), {}, "--coordinator is 'here'; expected host:port"),
+        (("here:x", 2, 0), {}, "--coordinator is 'here:x'; expected host:port"),
+        (("here:70000", 2, 0), {}, "--coordinator is 'here:70000'; expected host:port"),
+        (("::1:80", 2, 0), {}, "--coordinator is '::1:80'; expected host:port"),
+        (("here:80", 2, 2), {}, "--process-id is 2 and --num-processes 2; expected"),
+        (("here:80", 0, 0), {}, "--process-id is 0 and --num-processes 0; expected"),
         ((None, None, None), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'"),
     ],
 )

@@ -34,6 +34,7 @@ _PROCESSES = {
     "num-processes": (int, "how many processes there are"),
     "process-id": (int, "which of them this is, from 0"),
 }
+_TIMEOUT = "how many seconds to wait for the other processes"
 
 
 def report_user_errors(
@@ -185,6 +186,13 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several processes")
     for name, (kind, text) in _PROCESSES.items():
         group.add_argument(f"--{name}", type=kind, help=text)
+    group.add_argument(
+        "--coordinator-timeout",
+        type=number("(0, 86400]"),
+        metavar="SECONDS",
+        default=distributed.TIMEOUT,
+        help=f"{_TIMEOUT} (default: %(default)g)",
+    )
 
 
 def add_step_argument(parser: argparse.ArgumentParser) -> None:
@@ -236,7 +244,12 @@ def join_processes(arguments: argparse.Namespace) -> None:
     Raises:
       UserError: see `distributed.initialize`.
     """
-    distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    distributed.initialize(
+        arguments.coordinator,
+        arguments.num_processes,
+        arguments.process_id,
+        timeout=arguments.coordinator_timeout,
+    )
 
 
 def _end(status: int, message: str) -> int:
@@ -276,6 +289,7 @@ def run_with_config(run: Callable[..., None], progress: Callable[[Path], str]) -
         (flags.DEFINE_integer if kind is int else flags.DEFINE_string)(name, None, text)
         for name, (kind, text) in _PROCESSES.items()
     ]
+    timeout = flags.DEFINE_float("coordinator-timeout", distributed.TIMEOUT, _TIMEOUT)
     flags.mark_flags_as_required(["config", "workdir"])
 
     def refuse(message: str) -> NoReturn:
@@ -300,7 +314,7 @@ def run_with_config(run: Callable[..., None], progress: Callable[[Path], str]) -
         del argv
 
         def joined_run() -> None:
-            distributed.initialize(*(flag.value for flag in joined))
+            distributed.initialize(*(flag.value for flag in joined), timeout=timeout.value)
             run(config.value, workdir.value, profile.value, verify=not no_verify.value)
 
         def interrupted() -> str:

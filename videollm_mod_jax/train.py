@@ -19,6 +19,9 @@ GKE, SLURM and under Open MPI the processes find each other; elsewhere give each
   --coordinator HOST:PORT --num-processes N --process-id I        (or JAX_COORDINATOR_ADDRESS,
                                                      JAX_NUM_PROCESSES and JAX_PROCESS_ID)
 
+They wait for each other for --coordinator-timeout seconds (300). When one dies, process 0 says
+which, and the others end with status 1.
+
 SIGTERM and Ctrl-C save, once an update is done, and say so; the same command continues there. The
 status is 0 after SIGTERM, which schedulers send, and 130 after Ctrl-C. At other moments there is
 nothing to save: what is complete stays, and the status is 143 or 130. A second signal ends at once.

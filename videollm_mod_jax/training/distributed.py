@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,12 +27,26 @@ from jax.sharding import Mesh
 from videollm_mod_jax import locks, signals
 from videollm_mod_jax.data import files
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.training.coordinator import (
+    TIMEOUT,
+    check_free,
+    limited,
+    parse_address,
+    wait_until_reached,
+)
 from videollm_mod_jax.training.sharding import MESH_AXES, Layout, make_layout
 
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """What may be set instead of `--coordinator`, `--num-processes` and `--process-id`."""
 
 _END = "videollm_mod_jax/end"
+_LIFE = "videollm_mod_jax/life"
+SILENCE = 30.0
+"""Seconds without a sign of life until a process is gone."""
+_BEAT = 2.0
+_GRACE = 5.0
+"""Seconds that process 0 waits longer than the others, so that each has its own say."""
+
 # Waiting for process 0 to draw a dataset may take hours; a process that died is noticed anyway.
 _PATIENCE_MS = 7 * 24 * 3600 * 1000
 _barriers = itertools.count()
@@ -51,7 +65,11 @@ class Stopped(Exception):
 
 
 def initialize(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: float = TIMEOUT,
 ) -> None:
     """Joins the other processes of this job, if there are any; call it before anything else.
 
@@ -64,24 +82,55 @@ def initialize(
       coordinator: host:port of process 0; any free port.
       num_processes: how many there are.
       process_id: which one this is, from 0.
+      timeout: seconds to wait for the others. A process whose wait is over says so on stderr, and
+        leaves with status 2.
 
     Raises:
-      UserError: some of the three are given, and the rest is neither given nor found.
+      UserError: some of the three are given, and the rest is neither given nor found; they make no
+        sense; the port is in use, or process 0 was not reached in time.
     """
     coordinator = coordinator or os.environ.get(ENVIRONMENT[0])
     num_processes = _number(num_processes, ENVIRONMENT[1])
     process_id = _number(process_id, ENVIRONMENT[2])
+    if not 0 < timeout <= 86400:
+        raise UserError(f"--coordinator-timeout is {timeout}; expected a number in (0, 86400]")
     given = [value is not None for value in (coordinator, num_processes, process_id)]
-    if all(given) and ":" not in coordinator:
-        raise UserError(f"--coordinator is {coordinator!r}; expected host:port of process 0")
+    if all(given):
+        address = parse_address(coordinator)
+        if num_processes < 1 or not 0 <= process_id < num_processes:
+            raise UserError(
+                f"--process-id is {process_id} and --num-processes {num_processes}; expected 1 or "
+                "more processes, numbered from 0"
+            )
+        if process_id:
+            wait_until_reached(address, timeout)
+        else:
+            check_free(address)
+
+    def give_up() -> None:
+        where = f" at {coordinator}" if coordinator else ""
+        count = f"{num_processes} processes" if num_processes else "processes"
+        # Said last by process 0, whose end makes JAX abort the others.
+        time.sleep(0 if process_id else _GRACE)
+        print(
+            f"error: not all {count} of this job have met{where} after {timeout:g} s; start all of "
+            "them, with the same --num-processes, or wait longer: --coordinator-timeout",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
     alone = False
     try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            cluster_detection_method="deactivate" if all(given) else None,
-        )
+        with limited(timeout, give_up):
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                cluster_detection_method="deactivate" if all(given) else None,
+                # Longer than ours, since it ends in the trace of a C++ stack.
+                initialization_timeout=int(timeout) + 600,
+            )
     except ValueError as error:
         if any(given):
             raise UserError(
@@ -104,6 +153,7 @@ def initialize(
         return
     watch = threading.Thread(target=_end_with_the_others, daemon=True)
     watch.start()
+    threading.Thread(target=_live, daemon=True).start()
     atexit.register(_finish, watch)
 
 
@@ -251,6 +301,39 @@ def _end_with_the_others() -> None:
         return
     if status and first != jax.process_index():
         _leave(status)
+
+
+def _live() -> None:
+    """Gives signs of life, in a thread; process 0 ends the job when those of another fail to come.
+
+    JAX notices it, too, later, and aborts.
+    """
+    client, own = _client(), jax.process_index()
+    seen = {i: ("", time.monotonic()) for i in range(jax.process_count())}
+    for beat in itertools.count():
+        try:
+            client.key_value_set(f"{_LIFE}/{own}", str(beat), allow_overwrite=True)
+            if own == 0:
+                _check_alive(dict(client.key_value_dir_get(_LIFE)), seen)
+        except jax.errors.JaxRuntimeError:
+            # The job is at its end, or process 0 is gone, which JAX reports itself.
+            return
+        time.sleep(_BEAT)
+
+
+def _check_alive(found: Mapping[str, str], seen: dict[int, tuple[str, float]]) -> None:
+    now = time.monotonic()
+    for index, (beat, since) in seen.items():
+        latest = found.get(f"{_LIFE}/{index}", "")
+        if latest != beat:
+            seen[index] = latest, now
+        elif now - since > SILENCE:
+            end_all(
+                1,
+                f"error: process {index} of {len(seen)} has given no sign of life for "
+                f"{SILENCE:.0f} s, and the others end; the same command goes on from the last "
+                "checkpoint",
+            )
 
 
 def _finish(watch: threading.Thread) -> None:
