@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny
-from tests.tiny_conversion import shapes
+from tests.tiny_conversion import shapes, small_tokenizer
 from videollm_mod_jax.conversion import live
 from videollm_mod_jax.conversion.adapter import export_adapter
 from videollm_mod_jax.conversion.families import export_plan, plan_conversion
@@ -37,7 +37,7 @@ def write_base(directory, config, family):
         directory / "model.safetensors",
     )
     (directory / "config.json").write_text(json.dumps(export.config))
-    (directory / "tokenizer.json").write_text("{}")
+    small_tokenizer().save(directory)
     return directory
 
 
@@ -212,7 +212,7 @@ def test_whole_modules_replace_those_of_the_base_and_may_enlarge_the_vocabulary(
     tensors[PREFIX + "model.embed_tokens.weight"] = embedding
     tensors[PREFIX + "lm_head.modules_to_save.default.weight"] = head
     directory = adapter(tensors, modules_to_save=["embed_tokens", "lm_head"])
-    (directory / "tokenizer.json").write_text("{}")
+    small_tokenizer().save(directory)
     conversion = plan_conversion(directory, Options(base=base))
     assert conversion.config.decoder == dataclasses.replace(tiny.DECODER, vocab_size=rows)
     reader = VariableReader(conversion)

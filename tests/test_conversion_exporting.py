@@ -22,7 +22,6 @@ from videollm_mod_jax.conversion.importing import import_model
 from videollm_mod_jax.conversion.plan import Options
 from videollm_mod_jax.conversion.safetensors_writer import create_file
 from videollm_mod_jax.conversion.source import open_source
-from videollm_mod_jax.data.tokenizer import train_bpe
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import LoraConfig, merge_lora
 from videollm_mod_jax.training import checkpoint
@@ -32,7 +31,7 @@ from videollm_mod_jax.training.optimizer import split_variables
 from videollm_mod_jax.training.state import create_state
 
 CONSOLE = rich.console.Console(quiet=True)
-TOKENIZER = train_bpe(tiny_conversion.LINES, 300)
+TOKENIZER = tiny_conversion.small_tokenizer()
 LORA = LoraConfig(rank=2, alpha=8.0, dropout=0.0, targets=("q", "up", "lm_head"))
 LLAMA = CONFIGS["llama"]
 

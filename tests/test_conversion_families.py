@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny
-from tests.tiny_conversion import shapes
+from tests.tiny_conversion import shapes, small_tokenizer
 from videollm_mod_jax.conversion.drafting import find_layout
 from videollm_mod_jax.conversion.families import FAMILIES, export_plan, find_family, plan_conversion
 from videollm_mod_jax.conversion.plan import Options
@@ -79,7 +79,7 @@ def write(directory, config, family, layout=None, dtype=np.float32):
         directory / "model.safetensors",
     )
     (directory / "config.json").write_text(json.dumps(export.config))
-    (directory / "tokenizer.json").write_text("{}")
+    small_tokenizer().save(directory)
     return directory
 
 
@@ -333,6 +333,7 @@ def test_a_language_model_needs_a_tokenizer(llama, tmp_path):
     (llama / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"llama holds no tokenizer.json; pass --tokenizer DIR"):
         plan_conversion(llama, Options())
+    small_tokenizer().save(tmp_path)
     assert plan_conversion(llama, Options(tokenizer=tmp_path)).tokenizer == tmp_path
 
 

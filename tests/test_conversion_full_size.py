@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests import hub_configs
+from tests.tiny_conversion import small_tokenizer
 from videollm_mod_jax.conversion import drafting
 from videollm_mod_jax.conversion.families import find_family
 from videollm_mod_jax.conversion.plan import Options, complete
@@ -95,9 +97,11 @@ def source_of(tensors, renames=(), directory="/models/a"):
 
 
 def convert(hf, source, **options):
-    options = Options(tokenizer=Path("/models/tokenizer"), **options)
-    draft = find_family(hf, "config.json").draft(hf, source, options)
-    return complete(draft, options)
+    with tempfile.TemporaryDirectory() as directory:
+        small_tokenizer().save(directory)
+        options = Options(tokenizer=Path(directory), **options)
+        draft = find_family(hf, "config.json").draft(hf, source, options)
+        return complete(draft, options)
 
 
 def sizes(config):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.tiny_conversion import small_tokenizer
 from videollm_mod_jax.conversion import llama, llava, vision
 from videollm_mod_jax.conversion.families import export_plan, plan_conversion
 from videollm_mod_jax.conversion.plan import Options
@@ -111,7 +112,7 @@ def saved(tmp_path_factory):
         torch.manual_seed(0)
         model = getattr(transformers, class_name)(transformers.AutoConfig.for_model(**hf))
         model.save_pretrained(directory)
-        (directory / "tokenizer.json").write_text("{}")
+        small_tokenizer().save(directory)
         return directory
 
     return {name: save(name) for name in MODELS}
@@ -159,6 +160,7 @@ def test_transformers_loads_every_layout_that_we_name(saved, tmp_path, name, lay
     assert len(renamed) == len(theirs)
     save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(part.config))
+    small_tokenizer().save(tmp_path)
     assert plan_conversion(tmp_path, Options(tokenizer=tmp_path)).layout == layout
     model_class = getattr(transformers, MODELS[name][0])
     loaded, report = model_class.from_pretrained(tmp_path, output_loading_info=True)

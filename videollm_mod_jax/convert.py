@@ -161,6 +161,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         merge=arguments.merge,
         tokenizer=directory(arguments.tokenizer),
         system=arguments.system,
+        resize_embeddings=getattr(arguments, "resize_embeddings", False),
     )
 
 
@@ -174,6 +175,8 @@ def _made(conversion: Conversion, manifest: Manifest, destination: Path) -> str:
             lines.append(f"  {count} tensors of {part.role} left out: {reason}")
     for dtype, count in manifest.rounded.items():
         lines.append(f"  {count} tensors were {dtype} and are rounded; --dtype float32 is exact")
+    if manifest.added_rows:
+        lines.append(f"  {manifest.added_rows} rows are added to embeddings and head: their mean")
     if manifest.merged:
         lines.append(f"  an adapter is merged into {len(manifest.merged)} kernels")
     if manifest.fresh:
@@ -253,6 +256,8 @@ def _add_from_hf(commands) -> None:
     add("destination", metavar="DST", help="directory to make; it appears when it is complete")
     dtype = "of frozen weights; auto keeps float32 and makes bfloat16 of halves"
     _add_conversion_options(add, dtype)
+    add("--resize-embeddings", action="store_true", help="add rows to embeddings and head, each "
+        "the mean of the others, for tokens that the weights have none of")  # fmt: skip
     add("--overwrite", action="store_true", help="replace the converted model in DST")
 
 

@@ -277,11 +277,7 @@ class _Start:
             return cls(None, model, tokenizer, tower, seed, verify)
         init, model = Path(experiment.init), experiment.model
         tokenizer = Tokenizer.load(experiment.data.tokenizer or init)
-        if tokenizer.vocab_size > model.decoder.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, and the model in {init} has "
-                f"embeddings for {model.decoder.vocab_size}; use the tokenizer it came with"
-            )
+        tokenizer.check_rows(model.decoder.vocab_size, str(init), checkpoint.ROWS_REMEDY)
         if distributed.is_lead():
             carry_manifest(init, workdir)
         tower = jax.device_get(checkpoint.load_tower(init, verify=verify))

@@ -153,7 +153,11 @@ def _export_decoder(
     config.require("decoder")
     return Export(
         table=llama.decoder_table(config.decoder),
-        config=original or llama.decoder_to_hf(config.decoder),
+        config=(
+            llama.with_vocabulary(original, config.decoder)
+            if original
+            else llama.decoder_to_hf(config.decoder)
+        ),
     )
 
 
@@ -175,7 +179,10 @@ def _llava_exporter(
     def export(config: VideoLLMConfig, layout: str, original: Mapping[str, Any] | None) -> Export:
         config.require("decoder", "vision")
         names = llava.LAYOUTS[layout]
-        hf = original or llava.llava_to_hf(config, family)
+        if original:
+            hf = llama.with_vocabulary(original, config.decoder)
+        else:
+            hf = llava.llava_to_hf(config, family)
         note = ""
         if "mm_vision_tower" not in hf:
             there = llava.llava_from_hf(hf, None, drafting.CONFIG)[1].tokens_per_frame

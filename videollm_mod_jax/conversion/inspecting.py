@@ -77,6 +77,8 @@ def _model_rows(path: Path) -> Iterator[Row]:
         )
     if manifest.rounded:
         yield "rounded", ", ".join(f"{n} tensors from {d}" for d, n in manifest.rounded.items())
+    if manifest.added_rows:
+        yield "added rows", f"{manifest.added_rows} of embeddings and head"
     if manifest.merged:
         yield "merged", f"adapters into {len(manifest.merged)} kernels"
     if manifest.fresh:

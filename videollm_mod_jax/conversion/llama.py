@@ -159,6 +159,23 @@ def decoder_to_hf(config: DecoderConfig) -> dict[str, Any]:
     return hf
 
 
+def with_vocabulary(hf: Mapping[str, Any], config: DecoderConfig) -> dict[str, Any]:
+    """The `config.json` that a model came with, with the vocabulary that it has now.
+
+    Rows were added to it where its tokenizer had more tokens than embeddings.
+    """
+    text = hf.get("text_config")
+    if isinstance(text, Mapping):
+        changed = with_vocabulary(text, config)
+        if changed == text:
+            return dict(hf)
+        # Old ones repeat it.
+        repeated = {"vocab_size": config.vocab_size} if "vocab_size" in hf else {}
+        return {**hf, "text_config": changed, **repeated}
+    stated = with_defaults(DEFAULTS["qwen2" if config.qkv_bias else "llama"], hf)["vocab_size"]
+    return dict(hf) if stated == config.vocab_size else {**hf, "vocab_size": config.vocab_size}
+
+
 def decoder_table(config: DecoderConfig, prefix: str = "model.", head: str = "lm_head.") -> Table:
     """Where a decoder's tensors go.
 

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from videollm_mod_jax.config_dict import build, require, require_choice
+from videollm_mod_jax.config_dict import COUNT_OR_NONE, build, require, require_choice
 from videollm_mod_jax.conversion.plan import ROLES, Conversion, Part
 from videollm_mod_jax.conversion.safetensors_file import DTYPES
 from videollm_mod_jax.conversion.table import match
@@ -24,7 +24,7 @@ from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.names import check_name
 from videollm_mod_jax.training.checkpoint import MANIFEST_FILE, write_json
 
-FORMAT = 1
+FORMAT = 2
 TABLE_VERSION = 1
 """Counts up whenever a rule of an existing family changes."""
 
@@ -73,6 +73,8 @@ class Manifest:
       parts: the sources.
       fresh: variables that no source had and that were initialised.
       merged: kernels into which an adapter was merged; what they were before is lost.
+      added_rows: how many of the last rows of embeddings and head no source had; each began as the
+        mean of the others.
       rounded: number of tensors that lost bits to `dtype`, by their own dtype.
       versions: of the packages that converted.
     """
@@ -82,6 +84,7 @@ class Manifest:
     parts: tuple[PartRecord, ...]
     fresh: tuple[str, ...]
     merged: tuple[str, ...]
+    added_rows: COUNT_OR_NONE
     rounded: Mapping[str, int]
     versions: Mapping[str, str]
 
@@ -114,6 +117,7 @@ def describe(
         parts=tuple(_record(part, hashes) for part in conversion.parts),
         fresh=conversion.fresh,
         merged=tuple(conversion.merges),
+        added_rows=conversion.added_rows,
         rounded=dict(rounded),
         versions={name: importlib.metadata.version(name) for name in _PACKAGES},
     )

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from videollm_mod_jax.conversion.source import Source
 from videollm_mod_jax.conversion.table import Table, check_shape, match
+from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import (
     NO_LORA,
@@ -45,6 +46,7 @@ class Options:
       merge: adds an adapter to the kernels instead of keeping it beside them.
       tokenizer: directory of `tokenizer.json`; None takes the one beside the language model.
       system: the instruction that opens every conversation.
+      resize_embeddings: adds rows to embeddings and head for tokens that the weights have none of.
     """
 
     base: Path | None = None
@@ -56,6 +58,7 @@ class Options:
     merge: bool = False
     tokenizer: Path | None = None
     system: str = ""
+    resize_embeddings: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +135,8 @@ class Conversion:
       merges: by path of the kernel, the adapter that is merged into it on the way.
       tokenizer: directory with `tokenizer.json`, or None for a vision tower alone.
       system: the instruction that opens every conversation.
+      added_rows: how many of the last rows of embeddings and head no source has; each is the mean
+        of the others.
     """
 
     family: str
@@ -141,6 +146,7 @@ class Conversion:
     merges: Mapping[str, Merge]
     tokenizer: Path | None
     system: str
+    added_rows: int = 0
 
     @property
     def layout(self) -> str:
@@ -155,7 +161,7 @@ def complete(draft: Draft, options: Options) -> Conversion:
 
     Raises:
       UserError: an option does not fit the model, a tensor is missing, unknown, of a wrong shape or
-        not of floating point, or there is no tokenizer.
+        not of floating point, there is no tokenizer, or it has tokens that the embeddings lack.
     """
     config = _config(draft, options)
     variables = flatten_dict(abstract_variables(VideoLLM(config), None), sep="/")
@@ -172,6 +178,11 @@ def complete(draft: Draft, options: Options) -> Conversion:
             f"{draft.parts[0].source.directory} holds no tokenizer.json; pass --tokenizer DIR with "
             "one: that of the same model saved by transformers' fast tokenizer"
         )
+    rows = _missing_rows(draft, options)
+    if rows:
+        vocab_size = draft.decoder.vocab_size + rows
+        decoder = dataclasses.replace(draft.decoder, vocab_size=vocab_size)
+        config = dataclasses.replace(config, decoder=decoder)
     return Conversion(
         family=draft.family,
         config=config,
@@ -180,7 +191,19 @@ def complete(draft: Draft, options: Options) -> Conversion:
         merges=draft.merges,
         tokenizer=draft.tokenizer if config.decoder is not None else None,
         system=options.system,
+        added_rows=rows,
     )
+
+
+def _missing_rows(draft: Draft, options: Options) -> int:
+    """How many rows embeddings and head must get for the tokens that they lack."""
+    if draft.decoder is None:
+        return 0
+    tokenizer, rows = Tokenizer.load(draft.tokenizer), draft.decoder.vocab_size
+    if not options.resize_embeddings:
+        where = str(draft.parts[0].source.directory)
+        tokenizer.check_rows(rows, where, "add --resize-embeddings, or --tokenizer with another")
+    return max(0, tokenizer.vocab_size - rows)
 
 
 def _config(draft: Draft, options: Options) -> VideoLLMConfig:

@@ -8,14 +8,18 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from videollm_mod_jax.conversion import stages
 from videollm_mod_jax.conversion.cases import Case, make_cases
 from videollm_mod_jax.conversion.families import plan_conversion
 from videollm_mod_jax.conversion.llava import DEFAULTS as LLAVAS
+from videollm_mod_jax.conversion.loading import VOCABULARY_AXES
+from videollm_mod_jax.conversion.manifest import read_manifest
 from videollm_mod_jax.conversion.plan import Conversion, Options
 from videollm_mod_jax.conversion.reference import import_packages, load_reference
 from videollm_mod_jax.conversion.stages import Stages
@@ -68,6 +72,9 @@ def verify(
     """
     if tokens < 1:
         raise UserError(f"--tokens is {tokens}; expected at least 1")
+    manifest = read_manifest(model)
+    if manifest is not None and manifest.added_rows:
+        options = dataclasses.replace(options, resize_embeddings=True)
     conversion = plan_conversion(source, options)
     if conversion.parts[0].family in LLAVAS:
         # transformers pools as the family does.
@@ -77,13 +84,14 @@ def verify(
     _check_same_model(conversion.config, stored, source, model)
     dtype = "float32" if options.dtype == "auto" else options.dtype
     config = dataclasses.replace(
-        conversion.config,
+        _without_added_rows(conversion),
         routing=full_computation(),
         dtype=dtype,
         param_dtype=stored.param_dtype,
     )
     files = (None if name is None else Path(name) for name in (image, video))
     cases = make_cases(conversion, prompt, *files)
+    _check_known(cases, conversion)
     console.print(_heading(conversion, stored, dtype))
     with console.status("PyTorch computes"):
         expected = _run_pytorch(conversion, config, cases, tokens)
@@ -135,7 +143,14 @@ def _run_pytorch(
 
 
 def _run_ours(model: Path, config: VideoLLMConfig, cases: Sequence[Case], tokens: int) -> Results:
-    loaded = dataclasses.replace(load_model(model), config=config)
+    loaded = load_model(model)
+    variables = flatten_dict(loaded.variables, sep="/")
+    for path in variables.keys() & VOCABULARY_AXES.keys() if config.decoder else ():
+        # PyTorch has no rows that were added here.
+        rows = range(config.decoder.vocab_size)
+        variables[path] = jnp.take(variables[path], jnp.asarray(rows), VOCABULARY_AXES[path])
+    variables = unflatten_dict(variables, sep="/")
+    loaded = dataclasses.replace(loaded, config=config, variables=variables)
     if config.decoder is None:
         return {case.name: (stages.run_tower(loaded, case), []) for case in cases}
     return {case.name: stages.run(loaded, case, tokens) for case in cases}
@@ -155,6 +170,27 @@ def _check_same_model(
             )
 
 
+def _without_added_rows(conversion: Conversion) -> VideoLLMConfig:
+    """The configuration of the model with the embeddings that its source has."""
+    config, decoder = conversion.config, conversion.config.decoder
+    if not conversion.added_rows:
+        return config
+    vocab_size = decoder.vocab_size - conversion.added_rows
+    return dataclasses.replace(config, decoder=dataclasses.replace(decoder, vocab_size=vocab_size))
+
+
+def _check_known(cases: Sequence[Case], conversion: Conversion) -> None:
+    if not conversion.added_rows:
+        return
+    rows = conversion.config.decoder.vocab_size - conversion.added_rows
+    for case in cases:
+        if max((*case.before, *case.after)) >= rows:
+            raise UserError(
+                "--prompt has a token of which the source has no embedding (its row was added by "
+                "--resize-embeddings), so that PyTorch cannot read it; leave it out"
+            )
+
+
 def _heading(conversion: Conversion, stored: VideoLLMConfig, dtype: str) -> str:
     lines = [
         f"{conversion.family}: weights in {stored.param_dtype} on both sides, computed in {dtype}"
@@ -165,6 +201,8 @@ def _heading(conversion: Conversion, stored: VideoLLMConfig, dtype: str) -> str:
         lines.append(f"compared with the family's own pooling, {conversion.config.vision.pool}")
     if any(path.startswith("params/connector") for path in conversion.fresh):
         lines.append("the connector starts afresh, so that text alone can be compared")
+    if conversion.added_rows:
+        lines.append(f"compared without the {conversion.added_rows} rows added to the embeddings")
     return "\n".join(lines)
 
 

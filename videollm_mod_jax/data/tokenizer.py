@@ -118,6 +118,30 @@ class Tokenizer:
             )
         return cls(definition, bos, eos, source=str(path))
 
+    def check_rows(self, rows: int, where: str, remedy: str) -> None:
+        """Checks that a model has a row of embeddings for every token, special and added ones too.
+
+        An id beyond the last row would silently take another row.
+
+        Args:
+          rows: of the model's embeddings.
+          where: the model or its source, for the message.
+          remedy: what helps, for the message.
+
+        Raises:
+          UserError: a token has no row; the first one is named.
+        """
+        if self.vocab_size <= rows:
+            return
+        ids = self._tokenizer.get_vocab()
+        ids.pop(dialogue.PLACEHOLDER, None)
+        beyond = sorted((i, token) for token, i in ids.items() if i >= rows)
+        others = f" (and {len(beyond) - 1} more)" if len(beyond) > 1 else ""
+        raise UserError(
+            f"{where}: its tokenizer has the token {shown(beyond[0][1])} with the id "
+            f"{beyond[0][0]}{others}; its embeddings have {rows} rows, for smaller ids: {remedy}"
+        )
+
     def save(self, directory: str | os.PathLike) -> None:
         """Writes `tokenizer.json` (as it was read) and `tokenizer_config.json` for `load`."""
         config = json.dumps({"bos_token": self.bos, "eos_token": self.eos}, indent=2)

@@ -56,6 +56,12 @@ WEIGHTS = "weights"
 
 __all__ = ["Checkpointer", "best_step", "checkpoint_steps"]
 
+ROWS_REMEDY = (
+    "bring back the tokenizer that it came with, or convert it again with convert from-hf "
+    "--resize-embeddings"
+)
+"""What helps where a tokenizer has more tokens than a model has embeddings."""
+
 _ENTRY_BYTES = 4096
 """More than Orbax's table of arrays has for one."""
 
@@ -135,12 +141,16 @@ def load_model(
       verify: whether to compare the files with their checksums before.
 
     Raises:
-      UserError: the directory is missing, holds no model or no such checkpoint, is damaged, or its
-        weights are not those of the model that `model.json` describes.
+      UserError: the directory is missing, holds no model or no such checkpoint, is damaged, its
+        weights are not those of the model that `model.json` describes, or its tokenizer has tokens
+        that its embeddings lack.
     """
     directory = Path(directory)
     config = read_model_config(directory)
-    tokenizer = Tokenizer.load(directory) if config.decoder else None
+    tokenizer = None
+    if config.decoder is not None:
+        tokenizer = Tokenizer.load(directory)
+        tokenizer.check_rows(config.decoder.vocab_size, str(directory), ROWS_REMEDY)
     dialogue_file = directory / DIALOGUE_FILE
     system = build(Dialogue, read_json(dialogue_file), str(dialogue_file)).system
 
