@@ -402,7 +402,7 @@ def test_what_another_directory_holds_is_not_written_twice(base, tower, adapter)
         ({"lora_bias": True}, ["lora_bias is True"]),
         ({"init_lora_weights": "pissa"}, ["init_lora_weights is 'pissa'"]),
         ({"r": 0}, ["r is 0"]),
-        ({"rank_pattern": {"q_proj": "x"}}, ["rank_pattern: q_proj is 'x'"]),
+        ({"rank_pattern": {"q_proj": "x"}}, ["rank_pattern.q_proj is 'x'"]),
         ({"target_modules": "q_proj("}, ["target_modules is 'q_proj('", "regular expression"]),
         ({"target_modules": None}, ["target_modules is None"]),
         ({"layers_to_transform": ["a"]}, ["layers_to_transform is ['a']"]),

@@ -103,17 +103,17 @@ def test_key_value_heads_and_head_width_default_to_the_heads():
         ({"num_experts": 8}, "num_experts is set"),
         ({"hidden_size": "4096"}, "hidden_size is '4096'; expected a whole number"),
         ({"rms_norm_eps": [1e-5]}, "rms_norm_eps is .*expected a number"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is None; expected a number"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is None; expected a number"),
         (
             {"rope_scaling": {"rope_type": "yarn", "beta_fast": 32}},
-            "rope_scaling: rope_type is 'yarn'",
+            "rope_scaling.rope_type is 'yarn'",
         ),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected a table"),
-        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters: full_attention is"),
+        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention is"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         (
             {"rope_scaling": {k: v for k, v in ROPE.items() if k != "factor"}},
-            "rope_scaling: factor is None; expected a number",
+            "rope_scaling.factor is None; expected a number",
         ),
         (
             {**QWEN2_7B, "use_sliding_window": True, "max_window_layers": 21},
@@ -248,8 +248,8 @@ def test_embeddings_are_tied_if_either_config_says_so(tied):
         ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy is 'cls'"),
         ({"quantization_config": {}}, "quantization_config is set"),
         ({"text_config": None}, "text_config is None; expected a table"),
-        ({"text_config": {"model_type": "mpt"}}, "text_config: model_type is 'mpt'"),
-        ({"vision_config": {"model_type": "pixtral"}}, "vision_config: model_type is 'pixtral'"),
+        ({"text_config": {"model_type": "mpt"}}, "text_config.model_type is 'mpt'"),
+        ({"vision_config": {"model_type": "pixtral"}}, "vision_config.model_type is 'pixtral'"),
         (
             {"vision_config": SIGLIP_L16_384},
             "vision_feature_select_strategy is 'default'; expected",

@@ -146,6 +146,15 @@ def check_fields(instance: Any) -> None:
             raise _unexpected(hint, value, where)
 
 
+def interval_of(cls: type, field: str) -> Interval:
+    """The range of a field of a dataclass, for numbers that become that field."""
+    hint = _hints(cls)[field]
+    for option in (hint, *typing.get_args(hint)):
+        if typing.get_origin(option) is Annotated:
+            return next(part for part in option.__metadata__ if isinstance(part, Interval))
+    raise ValueError(f"{cls.__name__}.{field} has no range")
+
+
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)

@@ -5,6 +5,7 @@ modules: see `live.py`.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ from videollm_mod_jax.conversion.stored import TensorInfo
 from videollm_mod_jax.conversion.table import Rule, Table
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import NO_LORA, LoraConfig, VideoLLMConfig, config_plan
+from videollm_mod_jax.names import shown
 
 FAMILY = "peft"
 
@@ -129,10 +131,10 @@ def _base_directory(adapter: Adapter, options: Options) -> Path:
     if options.base is not None:
         return options.base
     name = adapter.hf.get("base_model_name_or_path")
-    if not name or not Path(name).is_dir():
+    if not isinstance(name, str) or not os.path.isdir(name):
         raise UserError(
-            f"{adapter.where}: base_model_name_or_path is {name!r}, which is no directory here; "
-            "pass --base with the model that was adapted, its directory or name on the Hub"
+            f"{adapter.where}: base_model_name_or_path is {shown(name)}, which is no directory "
+            "here; pass --base with the model that was adapted, its directory or name on the Hub"
         )
     return Path(name)
 

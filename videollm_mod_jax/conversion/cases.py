@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from videollm_mod_jax.conversion import llava
 from videollm_mod_jax.conversion.plan import Conversion
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.data.video import read_video
@@ -107,15 +108,7 @@ def any_resolution(conversion: Conversion) -> anyres.AnyResolution | None:
     part, vision = conversion.parts[0], conversion.config.vision
     if not conversion.config.newline:
         return None
-    limit = str(part.config.get("vision_aspect_ratio") or "anyres_max_9")
-    return anyres.AnyResolution(
-        pinpoints=tuple(map(tuple, part.config["image_grid_pinpoints"])),
-        image_size=vision.image_size,
-        side=vision.patches_per_side,
-        max_crops=(
-            int(limit.removeprefix("anyres_max_")) if part.family == "llava_onevision" else None
-        ),
-    )
+    return llava.crops(part.config, vision, str(part.source.directory / "config.json"))
 
 
 def ends_videos_with_newline(conversion: Conversion) -> bool:

@@ -1,16 +1,17 @@
 """From directories to drafts: reading configs, recognising key layouts, building tables."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from videollm_mod_jax.conversion import llama, llava, vision
+from videollm_mod_jax.conversion.hf_config import read_table, table
 from videollm_mod_jax.conversion.links import check_inside
 from videollm_mod_jax.conversion.plan import Draft, Options, Part
 from videollm_mod_jax.conversion.source import Source, open_source
-from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.models import VisionConfig
+from videollm_mod_jax.models import DecoderConfig, VisionConfig
 
 CONFIG = "config.json"
 
@@ -21,16 +22,13 @@ def read_config(directory: Path) -> Mapping[str, Any]:
     Raises:
       UserError: it is missing, a link out of the directory, or not a table of keys.
     """
-    check_inside(directory, [directory / CONFIG])
-    hf = read_json(directory / CONFIG)
-    if not isinstance(hf, Mapping):
-        raise UserError(f"{directory / CONFIG} is not a table of keys; expected that of a model")
-    return hf
+    return read_table(directory / CONFIG, "a model")
 
 
 def draft_decoder(hf: Mapping[str, Any], source: Source, options: Options) -> Draft:
     """A language model: with `vision_tower`, a whole with a tower that it has not met."""
     decoder = llama.decoder_from_hf(hf, str(source.directory / CONFIG))
+    _check_layers(source, "model.layers.", decoder.num_layers, "num_hidden_layers")
     part = Part(
         role="model",
         family=hf["model_type"],
@@ -76,6 +74,7 @@ def draft_llava(hf: Mapping[str, Any], source: Source, options: Options) -> Draf
     decoder, tower = llava.llava_from_hf(hf, read_processor(source.directory), where)
     family, newline = hf["model_type"], hf["model_type"] != "llava"
     layout = _llava_layout(llava.HF_LAYOUTS, source)
+    _check_llava_layers(source, layout, decoder, tower, "text_config.")
     part = Part(
         role="model",
         family=family,
@@ -138,9 +137,10 @@ def read_processor(directory: Path) -> Mapping[str, Any] | None:
     """
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (directory / name).is_file():
-            check_inside(directory, [directory / name])
-            values = read_json(directory / name)
-            return values if name.startswith("pre") else values.get("image_processor")
+            values = read_table(directory / name, "a processor")
+            if name.startswith("pre") or values.get("image_processor") is None:
+                return values if name.startswith("pre") else None
+            return table(values, "image_processor", str(directory / name))
     return None
 
 
@@ -155,6 +155,7 @@ def _draft_original(hf: Mapping[str, Any], source: Source, options: Options) -> 
     found = _tower_config(tower_hf, options.vision_tower)
     decoder, tower = llava.original_from_hf(hf, found, where, str(options.vision_tower))
     layout = _llava_layout(llava.ORIGINAL_LAYOUTS, source)
+    _check_llava_layers(source, layout, decoder, tower, "")
     part = Part(
         role="model",
         family="llava",
@@ -177,6 +178,37 @@ def _draft_original(hf: Mapping[str, Any], source: Source, options: Options) -> 
     )
 
 
+def _check_layers(source: Source, prefix: str, said: int, key: str) -> None:
+    """Compares a number of layers with the names of the tensors, before there is a table of them.
+
+    Args:
+      source: of the tensors.
+      prefix: of the names of all layers, such as `model.layers.`.
+      said: how many layers config.json says there are.
+      key: of it there.
+
+    Raises:
+      UserError: the weights have fewer.
+    """
+    found = re.compile(re.escape(prefix) + r"(\d{1,9})\.")
+    layers = {int(m[1]) for name in source.names if (m := found.match(name))}
+    if layers and len(layers) < said:
+        raise UserError(
+            f"{source.directory / CONFIG}: {key} is {said}; the weights beside it have "
+            f"{len(layers)} ({prefix}*): check that the two belong together"
+        )
+
+
+def _check_llava_layers(
+    source: Source, layout: str, decoder: DecoderConfig, tower: VisionConfig, text: str
+) -> None:
+    names, key = llava.LAYOUTS[layout], "num_hidden_layers"
+    _check_layers(source, f"{names.decoder}layers.", decoder.num_layers, text + key)
+    if names.vision is not None and text:
+        prefix = f"{names.vision}encoder.layers."
+        _check_layers(source, prefix, tower.num_layers, f"vision_config.{key}")
+
+
 def _llava_layout(layouts: Mapping[str, llava.Layout], source: Source) -> str:
     return find_layout({name: one.probes() for name, one in layouts.items()}, source.names)
 
@@ -189,6 +221,8 @@ def _tower_part(role: str, hf: Mapping[str, Any], source: Source, config: Vision
     probe = "embeddings.patch_embedding.weight"
     probes = {name: (prefix + probe,) for name, prefix in vision.LAYOUTS.items()}
     layout = find_layout(probes, source.names)
+    prefix = f"{vision.LAYOUTS[layout]}encoder.layers."
+    _check_layers(source, prefix, config.num_layers, "num_hidden_layers")
     return Part(
         role=role,
         family=config.architecture,

@@ -11,6 +11,7 @@ from videollm_mod_jax.conversion.source import Source, open_source
 from videollm_mod_jax.conversion.table import Table
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import VideoLLMConfig
+from videollm_mod_jax.names import shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ def find_family(hf: Mapping[str, Any], where: str) -> Family:
         if hf.get("model_type") in family.model_types:
             return family
     known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
-    raise UserError(f"{where}: model_type is {hf.get('model_type')!r}; supported are {known}")
+    raise UserError(f"{where}: model_type is {shown(hf.get('model_type'))}; supported are {known}")
 
 
 def _export_decoder(

@@ -7,21 +7,20 @@ route; then the defaults of the released `v1plus` hold, and options say the rest
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from videollm_mod_jax.conversion.hf_config import integer, refusal, require_one_of
-from videollm_mod_jax.conversion.links import check_inside
+from videollm_mod_jax.conversion.hf_config import integer, read_table, refusal, require_one_of
 from videollm_mod_jax.conversion.llama import decoder_table, linear
 from videollm_mod_jax.conversion.plan import Options
 from videollm_mod_jax.conversion.table import Rule, Table, join
 from videollm_mod_jax.data.dialogue import INTERVAL
-from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import DecoderConfig, RoutingConfig, VisionConfig
-from videollm_mod_jax.models.config import INSERTIONS
+from videollm_mod_jax.models.config import INSERTIONS, MOST_PATCHES
 from videollm_mod_jax.models.plan import routed_layers
 
 FAMILY = "videollm-online"
@@ -49,10 +48,7 @@ def read_config(directory: Path) -> Mapping[str, Any]:
     path = directory / "config.json"
     if not path.exists():
         return {}
-    check_inside(directory, [path])
-    hf = read_json(path)
-    if not isinstance(hf, Mapping):
-        raise UserError(f"{path} is not a table of keys; expected that of a model")
+    hf = read_table(path, "a model")
     hf = {key: value for key, value in hf.items() if value is not None}
     if (interval := hf.get("frame_token_interval", INTERVAL)) != INTERVAL:
         raise refusal(
@@ -74,10 +70,10 @@ def find_tower(hf: Mapping[str, Any], options: Options, directory: Path) -> Path
     if options.vision_tower is not None:
         return options.vision_tower
     name = str(hf.get("vision_pretrained", _TOWER))
-    if not Path(name).is_dir():
+    if not os.path.isdir(name):
         raise UserError(
             f"{directory} holds the connector of {FAMILY} without its vision tower; pass "
-            f"--vision-tower with {name}, its directory or name on the Hub"
+            f"--vision-tower with {name:.120}, its directory or name on the Hub"
         )
     return Path(name)
 
@@ -103,7 +99,11 @@ def frame_tokens(vision: VisionConfig, hf: Mapping[str, Any], where: str) -> Vis
     stated = {"frame_token_cls": True, **hf}
     has_class = require_one_of(stated, "frame_token_cls", (True, False), where)
     pool = hf.get("frame_token_pooled", [0, 0] if "frame_token_cls" in hf else [3, 3])
-    if not isinstance(pool, list) or len(pool) != 2 or not all(isinstance(n, int) for n in pool):
+    if (
+        not isinstance(pool, list)
+        or len(pool) != 2
+        or not all(type(n) is int and 0 <= n <= MOST_PATCHES for n in pool)
+    ):
         raise refusal(where, "frame_token_pooled", pool, "two whole numbers, or null")
     if not has_class and pool == [0, 0]:
         raise refusal(where, "frame_token_cls", False, "true, or a frame_token_pooled")

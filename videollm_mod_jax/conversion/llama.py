@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from videollm_mod_jax.conversion.hf_config import (
+    inside,
     integer,
     number,
     refusal,
     refuse_keys,
     require_one_of,
+    require_type,
     table,
     with_defaults,
 )
@@ -92,9 +94,7 @@ def decoder_from_hf(hf: Mapping[str, Any], where: str) -> DecoderConfig:
       UserError: another model type, or a variant that our decoder does not compute; the key is
         named.
     """
-    model_type = hf.get("model_type")
-    if model_type not in DEFAULTS:
-        raise refusal(where, "model_type", model_type, f"a decoder: {' or '.join(DEFAULTS)}")
+    model_type = require_type(hf, tuple(DEFAULTS), "a decoder", where)
     values = with_defaults(DEFAULTS[model_type], hf)
     refuse_keys(values, _UNSUPPORTED, where)
     require_one_of(values, "hidden_act", ("silu",), where)
@@ -104,23 +104,33 @@ def decoder_from_hf(hf: Mapping[str, Any], where: str) -> DecoderConfig:
         require_one_of(values, "mlp_bias", (False,), where)
     else:
         _refuse_sliding_window(values, where)
-    hidden_size = integer(values, "hidden_size", where)
-    num_heads = integer(values, "num_attention_heads", where)
-    values = with_defaults(
-        {"num_key_value_heads": num_heads, "head_dim": hidden_size // num_heads}, values
-    )
+    hidden_size = integer(values, "hidden_size", where, (DecoderConfig, "hidden_size"))
+    num_heads = integer(values, "num_attention_heads", where, (DecoderConfig, "num_heads"))
+    head_dim, rest = divmod(hidden_size, num_heads)
+    if values.get("head_dim") is None and (rest or head_dim % 2):
+        expected = f"a divisor of hidden_size = {hidden_size} that gives heads of an even width"
+        raise refusal(where, "num_attention_heads", num_heads, expected)
+    values = with_defaults({"num_key_value_heads": num_heads, "head_dim": head_dim}, values)
+    head_dim = integer(values, "head_dim", where, (DecoderConfig, "head_dim"))
+    if head_dim % 2:
+        raise refusal(where, "head_dim", head_dim, "an even number, as rotary embedding needs")
+    becomes = (DecoderConfig, "num_kv_heads")
+    num_kv_heads = integer(values, "num_key_value_heads", where, becomes)
+    if num_heads % num_kv_heads:
+        expected = f"a divisor of num_attention_heads = {num_heads}"
+        raise refusal(where, "num_key_value_heads", num_kv_heads, expected)
     theta, scaling = _rope(values, where)
     return DecoderConfig(
-        vocab_size=integer(values, "vocab_size", where),
+        vocab_size=integer(values, "vocab_size", where, (DecoderConfig, "vocab_size")),
         hidden_size=hidden_size,
-        mlp_size=integer(values, "intermediate_size", where),
-        num_layers=integer(values, "num_hidden_layers", where),
+        mlp_size=integer(values, "intermediate_size", where, (DecoderConfig, "mlp_size")),
+        num_layers=integer(values, "num_hidden_layers", where, (DecoderConfig, "num_layers")),
         num_heads=num_heads,
-        num_kv_heads=integer(values, "num_key_value_heads", where),
-        head_dim=integer(values, "head_dim", where),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=number(values, "rms_norm_eps", where),
+        norm_eps=number(values, "rms_norm_eps", where, (DecoderConfig, "norm_eps")),
         qkv_bias=model_type == "qwen2",
         tie_embeddings=require_one_of(values, "tie_word_embeddings", (True, False), where),
     )
@@ -234,10 +244,12 @@ def _refuse_sliding_window(values: Mapping[str, Any], where: str) -> None:
     """As `Qwen2Config` decides which layers slide; the weights are the same, the result is not."""
     kinds = values.get("layer_types")
     if kinds is None:
-        layers = integer(values, "num_hidden_layers", where)
-        slides = bool(values["use_sliding_window"]) and values["max_window_layers"] < layers
+        layers = integer(values, "num_hidden_layers", where, (DecoderConfig, "num_layers"))
+        slides = require_one_of(values, "use_sliding_window", (True, False), where)
+        if slides:
+            slides = integer(values, "max_window_layers", where) < layers
     else:
-        slides = any(kind != "full_attention" for kind in kinds)
+        slides = not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
     if slides:
         key = "use_sliding_window" if kinds is None else "layer_types"
         raise refusal(where, key, values[key], "full attention in every layer")
@@ -246,30 +258,35 @@ def _refuse_sliding_window(values: Mapping[str, Any], where: str) -> None:
 def _rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Base and rescaling of the rotary frequencies, in the spelling of transformers 4 or 5."""
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    rope, where = table({key: {}, **values}, key, where), f"{where}: {key}"
+    stated = table({key: {}, **values}, key, where)
+    # Until transformers 5 the base stands beside the rescaling.
+    theta_where = inside(where, key) if "rope_theta" in stated else where
+    where = inside(where, key)
     rope = with_defaults(
         {
             "rope_theta": values["rope_theta"],
-            "rope_type": rope.get("type") or "default",
+            "rope_type": stated.get("type") or "default",
             "partial_rotary_factor": 1.0,
         },
-        rope,
+        stated,
     )
     kind = require_one_of(rope, "rope_type", ("default", "linear", "llama3"), where)
     require_one_of(rope, "partial_rotary_factor", (1.0,), where)
     for name in rope:
         if name not in _ROPE_KEYS:
             raise refusal(where, name, rope[name], f"one of the keys {', '.join(_ROPE_KEYS)}")
-    theta = number(rope, "rope_theta", where)
+    theta = number(rope, "rope_theta", theta_where, (DecoderConfig, "rope_theta"))
     if kind == "default":
         return theta, None
-    factor = number(rope, "factor", where)
+    factor = number(rope, "factor", where, (RopeScaling, "factor"))
     if kind == "linear":
         return theta, RopeScaling(kind=kind, factor=factor)
     return theta, RopeScaling(
         kind=kind,
         factor=factor,
-        low_freq_factor=number(rope, "low_freq_factor", where),
-        high_freq_factor=number(rope, "high_freq_factor", where),
-        original_max_positions=integer(rope, "original_max_position_embeddings", where),
+        low_freq_factor=number(rope, "low_freq_factor", where, (RopeScaling, "low_freq_factor")),
+        high_freq_factor=number(rope, "high_freq_factor", where, (RopeScaling, "high_freq_factor")),
+        original_max_positions=integer(
+            rope, "original_max_position_embeddings", where, (RopeScaling, "original_max_positions")
+        ),
     )

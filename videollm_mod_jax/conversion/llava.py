@@ -6,11 +6,14 @@ Follows `LlavaForConditionalGeneration`, `LlavaNextVideoForConditionalGeneration
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from videollm_mod_jax.conversion.hf_config import (
+    inside,
     integer,
+    named,
     refusal,
     refuse_keys,
     require_one_of,
@@ -21,7 +24,8 @@ from videollm_mod_jax.conversion.llama import decoder_from_hf, decoder_table, de
 from videollm_mod_jax.conversion.table import Rule, Table, join
 from videollm_mod_jax.conversion.vision import vision_from_hf, vision_table, vision_to_hf
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.models import DecoderConfig, VideoLLMConfig, VisionConfig
+from videollm_mod_jax.models import DecoderConfig, VideoLLMConfig, VisionConfig, anyres
+from videollm_mod_jax.names import shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,11 +111,14 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         **_DEFAULTS,
         "spatial_pool_mode": "average",
         "spatial_pool_stride": 2,
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
     },
     "llava_onevision": {
         **_DEFAULTS,
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
+        "image_grid_pinpoints": [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
+        "vision_aspect_ratio": "anyres_max_9",
     },
 }
 """By model type: what transformers takes for keys that a config.json does not state."""
@@ -148,24 +155,65 @@ def llava_from_hf(
     require_one_of(values, "projector_hidden_act", ("gelu",), where)
     require_one_of(values, "multimodal_projector_bias", (True,), where)
     text = with_defaults({"model_type": TEXT_TYPE[family]}, table(values, "text_config", where))
-    if values["tie_word_embeddings"]:
+    if require_one_of(values, "tie_word_embeddings", (True, False), where):
         text["tie_word_embeddings"] = True
     vision_hf = with_defaults(
         {"model_type": VISION_TYPE[family]}, table(values, "vision_config", where)
     )
-    vision = vision_from_hf(vision_hf, processor, f"{where}: vision_config")
+    vision = vision_from_hf(vision_hf, processor, inside(where, "vision_config"))
     vision = _features(
         vision,
         layer=values["vision_feature_layer"],
         has_class_token=_keeps_class_token(family, values, vision, where),
-        where=f"{where}: vision_feature_layer",
+        where=named(where, "vision_feature_layer"),
     )
     if family == "llava_next_video":
         vision = dataclasses.replace(vision, pool=_strided(values, vision, where))
     elif family == "llava_onevision":
         half = -(-vision.patches_per_side // 2)
         vision = dataclasses.replace(vision, pool=(half, half), pooling="bilinear")
-    return decoder_from_hf(text, f"{where}: text_config"), vision
+    return decoder_from_hf(text, inside(where, "text_config")), vision
+
+
+def crops(hf: Mapping[str, Any], vision: VisionConfig, where: str) -> anyres.AnyResolution:
+    """How a family cuts pictures into crops.
+
+    Args:
+      hf: model type `llava_next_video` or `llava_onevision`.
+      vision: the tower.
+      where: the file, for messages.
+
+    Raises:
+      UserError: a size of `image_grid_pinpoints` is none, or `vision_aspect_ratio` is none that the
+        family has.
+    """
+    values = with_defaults(DEFAULTS[hf["model_type"]], hf)
+    key, side = "image_grid_pinpoints", (VisionConfig, "image_size")
+    pinpoints = values[key]
+    if not isinstance(pinpoints, list) or not 0 < len(pinpoints) <= 256:
+        raise refusal(where, key, pinpoints, "1 to 256 pairs [height, width]")
+    for i, pair in enumerate(pinpoints):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise refusal(where, f"{key}[{i}]", pair, "[height, width] in pixels")
+        for j, pixels in enumerate(pair):
+            name = f"{key}[{i}][{j}]"
+            integer({name: pixels}, name, where, side)
+            if pixels % vision.image_size:
+                expected = f"a multiple of the tower's image_size = {vision.image_size}"
+                raise refusal(where, name, pixels, expected)
+    most = None
+    if "vision_aspect_ratio" in values:
+        ratio = values["vision_aspect_ratio"]
+        found = re.fullmatch(r"anyres_max_([1-9]\d{0,2})", str(ratio))
+        if found is None:
+            raise refusal(where, "vision_aspect_ratio", ratio, "anyres_max_N, such as anyres_max_9")
+        most = int(found[1])
+    return anyres.AnyResolution(
+        pinpoints=tuple(map(tuple, pinpoints)),
+        image_size=vision.image_size,
+        side=vision.patches_per_side,
+        max_crops=most if hf["model_type"] == "llava_onevision" else None,
+    )
 
 
 def original_from_hf(
@@ -197,11 +245,11 @@ def original_from_hf(
     feature = require_one_of(values, "mm_vision_select_feature", features, where)
     if vision.architecture != "clip":
         raise UserError(
-            f"{vision_where} holds a SigLIP tower; {where} asks for {hf.get('mm_vision_tower')!r}, "
-            "and the original LLaVA reads CLIP towers only"
+            f"{vision_where} holds a SigLIP tower; {where} asks for "
+            f"{shown(hf.get('mm_vision_tower'))}, and the original LLaVA reads CLIP towers only"
         )
     layer = values.get("mm_vision_select_layer")
-    where_layer = f"{where}: mm_vision_select_layer"
+    where_layer = named(where, "mm_vision_select_layer")
     vision = _features(vision, layer, feature == "cls_patch", where_layer)
     return decoder_from_hf({**hf, "model_type": "llama"}, where), vision
 
@@ -293,10 +341,12 @@ def _features(vision: VisionConfig, layer: Any, has_class_token: bool, where: st
     """
     num_layers = vision.num_layers
     if isinstance(layer, bool) or not isinstance(layer, int):
-        raise UserError(f"{where} is {layer!r}; expected one whole number")
+        raise UserError(f"{where} is {shown(layer)}; expected one whole number")
     blocks = layer if layer >= 0 else num_layers + 1 + layer
     if not 1 <= blocks <= num_layers:
-        raise UserError(f"{where} is {layer}; expected the output of one of {num_layers} blocks")
+        raise UserError(
+            f"{where} is {shown(layer)}; expected the output of one of {num_layers} blocks"
+        )
     side = vision.patches_per_side
     return dataclasses.replace(
         vision,
@@ -325,7 +375,7 @@ def _keeps_class_token(
 def _strided(values: Mapping[str, Any], vision: VisionConfig, where: str) -> tuple[int, int]:
     require_one_of(values, "spatial_pool_mode", ("average",), where)
     stride, side = integer(values, "spatial_pool_stride", where), vision.patches_per_side
-    if stride < 1 or side % stride:
+    if stride < 1 or side % stride:  # so that every patch is in one square
         raise refusal(where, "spatial_pool_stride", stride, f"a divisor of {side}, the patch side")
     return side // stride, side // stride
 

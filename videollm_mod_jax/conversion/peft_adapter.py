@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from videollm_mod_jax.conversion import live
-from videollm_mod_jax.conversion.links import check_inside
+from videollm_mod_jax.conversion.hf_config import read_table
 from videollm_mod_jax.conversion.peft_config import CONFIG, PeftLora, read_lora
 from videollm_mod_jax.conversion.peft_names import (
     Names,
@@ -22,7 +22,6 @@ from videollm_mod_jax.conversion.peft_names import (
 from videollm_mod_jax.conversion.source import Source, open_source
 from videollm_mod_jax.conversion.stored import TensorInfo
 from videollm_mod_jax.conversion.table import Table
-from videollm_mod_jax.data.files import read_json
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.models import LoraConfig
 from videollm_mod_jax.models.config import LINEAR_NAMES
@@ -63,10 +62,7 @@ def open_adapter(directory: Path) -> Adapter:
       UserError: its configuration or files are missing, damaged, or of a kind that is not read.
     """
     path = directory / CONFIG
-    check_inside(directory, [path])
-    hf = read_json(path)
-    if not isinstance(hf, Mapping):
-        raise UserError(f"{path} is not a table of keys; expected that of an adapter")
+    hf = read_table(path, "an adapter")
     if (directory / _BESIDE).exists():
         raise UserError(
             f"{directory / _BESIDE} holds weights outside of the adapter, which are not read; "

@@ -5,11 +5,11 @@ Follows `LoraConfig`, `check_target_module_exists` and `get_pattern_key` of hugg
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from videollm_mod_jax.conversion.hf_config import (
+    inside,
     integer,
     number,
     refusal,
@@ -17,6 +17,7 @@ from videollm_mod_jax.conversion.hf_config import (
     table,
     with_defaults,
 )
+from videollm_mod_jax.conversion.patterns import PatternError, check, ends, matches
 from videollm_mod_jax.models import LoraConfig
 
 CONFIG = "adapter_config.json"
@@ -103,13 +104,16 @@ class PeftLora:
         if self.layers is None or in_full:
             return True
         lists = self.layers_pattern or (r"[^.]*",)
-        found = (re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", module) for name in lists)
-        index = next((match[1] for match in found if match), None)
-        return index is not None and int(index) in self.layers
+        for name in lists:
+            for end in sorted(ends(rf"(.*\.)?({name})\.", module)):
+                index, dot, _ = module[end:].partition(".")
+                if dot and index.isdecimal():
+                    return int(index) in self.layers
+        return False
 
     def saves(self, module: str) -> bool:
         """Whether a module is trained whole, alone or as part of another one."""
-        return any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in self.modules_to_save)
+        return any(matches(rf"(.*\.)?({m})(\..*)?", module) for m in self.modules_to_save)
 
     def rank_of(self, module: str) -> int:
         """Rank of a module's adapter."""
@@ -145,19 +149,21 @@ def read_lora(hf: Mapping[str, Any], where: str) -> PeftLora:
             raise refusal(where, key, value, "nothing: this variant of LoRA is not supported")
     layers = hf.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
+    if layers is not None and not isinstance(layers, list):
+        raise refusal(where, "layers_to_transform", layers, "whole numbers")
     if layers is not None and not all(isinstance(layer, int) for layer in layers):
         raise refusal(where, "layers_to_transform", layers, "whole numbers")
     return PeftLora(
         rank=_positive(hf, "r", where),
-        alpha=number(hf, "lora_alpha", where),
-        dropout=number(hf, "lora_dropout", where),
+        alpha=number(hf, "lora_alpha", where, (LoraConfig, "alpha")),
+        dropout=number(hf, "lora_dropout", where, (LoraConfig, "dropout")),
         target_modules=_modules(hf, "target_modules", where),
         exclude_modules=_modules(hf, "exclude_modules", where),
         modules_to_save=_strings(hf, "modules_to_save", where),
         layers=tuple(layers) if layers else None,
         layers_pattern=_strings(hf, "layers_pattern", where),
         rank_pattern=_pattern(hf, "rank_pattern", _positive, where),
-        alpha_pattern=_pattern(hf, "alpha_pattern", number, where),
+        alpha_pattern=_pattern(hf, "alpha_pattern", _alpha, where),
         use_rslora=require_one_of(hf, "use_rslora", (True, False), where),
     )
 
@@ -189,12 +195,13 @@ def lora_to_hf(
 
 def _is_named(modules: Modules, name: str) -> bool:
     if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
-    return any(name == module or name.endswith(f".{module}") for module in modules)
+        return matches(modules, name)
+    parts = name.split(".")
+    return any(".".join(parts[i:]) in modules for i in range(len(parts)))
 
 
 def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
+    return next((v for k, v in patterns.items() if matches(rf"(.*\.)?({k})", module)), default)
 
 
 def _modules(hf: Mapping[str, Any], key: str, where: str) -> Modules:
@@ -221,18 +228,22 @@ def _pattern(hf: Mapping[str, Any], key: str, read: Any, where: str) -> dict[str
     values = table(hf, key, where)
     for text in values:
         _check_regex(text, key, where)
-    return {text: read(values, text, f"{where}: {key}") for text in values}
+    return {text: read(values, text, inside(where, key)) for text in values}
 
 
 def _positive(hf: Mapping[str, Any], key: str, where: str) -> int:
-    value = integer(hf, key, where)
+    value = integer(hf, key, where, (LoraConfig, "rank"))
     if value < 1:
         raise refusal(where, key, value, "at least 1")
     return value
 
 
+def _alpha(hf: Mapping[str, Any], key: str, where: str) -> float:
+    return number(hf, key, where, (LoraConfig, "alpha"))
+
+
 def _check_regex(text: str, key: str, where: str) -> None:
     try:
-        re.compile(text)
-    except re.error as error:
+        check(text)
+    except PatternError as error:
         raise refusal(where, key, text, f"a regular expression ({error})") from error

@@ -164,6 +164,10 @@ def complete(draft: Draft, options: Options) -> Conversion:
         not of floating point, there is no tokenizer, or it has tokens that the embeddings lack.
     """
     config = _config(draft, options)
+    # Tracing a model of absurd sizes takes minutes: names and the largest shapes cost nothing.
+    for part in draft.parts:
+        match(part.table, part.source.names, str(part.source.directory))
+    _check_sizes(draft)
     variables = flatten_dict(abstract_variables(VideoLLM(config), None), sep="/")
     shapes = {path: tuple(leaf.shape) for path, leaf in variables.items()}
     for part in draft.parts:
@@ -257,9 +261,23 @@ def _routing(draft: Draft, options: Options) -> RoutingConfig:
     )
 
 
+def _check_sizes(draft: Draft) -> None:
+    """Compares vocabulary, widths and patches with the tensors that have them, before tracing."""
+    shapes = {}
+    if decoder := draft.decoder:
+        shapes["params/embedding"] = (decoder.vocab_size, decoder.hidden_size)
+    if vision := draft.vision:
+        positions = vision.patches_per_side**2 + (vision.architecture == "clip")
+        shapes["params/vision/position_embedding"] = (positions, vision.width)
+    for part in draft.parts:
+        for entry in part.table.entries():
+            if entry.target in shapes:
+                info = part.source.info(entry.source)
+                check_shape(entry, shapes[entry.target], info.shape, str(info.file))
+
+
 def _check_part(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> None:
     source = part.source
-    match(part.table, source.names, str(source.directory))
     for entry in part.table.entries():
         if entry.target not in shapes:
             raise ValueError(f"{part.family} fills {entry.target}, which the model does not have")

@@ -8,12 +8,14 @@ computes.
 import collections
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.names import shown
 
 Index = tuple[slice, ...]
 
@@ -203,8 +205,8 @@ def match(table: Table, names: Iterable[str], where: str) -> Match:
         nearest name on the other side.
     """
     names = list(names)
-    wanted = table.by_source()
-    missing = [name for name in wanted if name not in set(names)]
+    wanted, present = table.by_source(), set(names)
+    missing = [name for name in wanted if name not in present]
     groups: dict[str, list[str]] = {"used": [], "same": [], "buffers": [], "left_out": []}
     unknown = []
     for name in names:
@@ -225,7 +227,7 @@ def match(table: Table, names: Iterable[str], where: str) -> Match:
         )
     if unknown:
         raise UserError(
-            f"{where} holds the tensor {unknown[0]!r}{_others(unknown)}, which no rule of its "
+            f"{where} holds the tensor {shown(unknown[0])}{_others(unknown)}, which no rule of its "
             f"family uses{_nearest(unknown[0], wanted)}; nothing is skipped silently, so check "
             "that config.json belongs to these weights"
         )
@@ -243,8 +245,8 @@ def check_shape(
     expected = entry.source_shape(target_shape)
     if tuple(found) != expected:
         raise UserError(
-            f"{where}: {entry.source} has the shape {list(found)}; config.json calls for "
-            f"{list(expected)}; check that it belongs to these weights"
+            f"{where}: {entry.source} has the shape {shown(list(found))}; config.json calls "
+            f"for {list(expected)}; check that it belongs to these weights"
         )
 
 
@@ -260,5 +262,7 @@ def _others(names: Sequence[str]) -> str:
 
 
 def _nearest(name: str, candidates: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.8)
+    # A comparison takes microseconds, and a stranger's file may have a hundred thousand names.
+    some = [other for other in itertools.islice(candidates, 2000) if len(other) <= 200]
+    close = difflib.get_close_matches(name, some, n=1, cutoff=0.8)
     return f"; the nearest is {close[0]!r}" if close else ""

@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 
 from videollm_mod_jax.conversion.hf_config import (
+    inside,
     integer,
     number,
     refusal,
     require_one_of,
+    require_type,
     table,
     with_defaults,
 )
 from videollm_mod_jax.conversion.llama import linear
 from videollm_mod_jax.conversion.table import Rule, Table
 from videollm_mod_jax.models import VisionConfig
+from videollm_mod_jax.models.config import MOST_PATCHES
 
 LAYOUTS: Mapping[str, str] = {"hf": "vision_model.", "hf-5": ""}
 """By layout: what the names of a tower begin with. transformers 5 dropped the prefix."""
@@ -81,31 +84,38 @@ def vision_from_hf(
     Raises:
       UserError: another model type, or a variant that our tower does not compute; the key is named.
     """
-    model_type = hf.get("model_type")
+    model_type = require_type(hf, (*DEFAULTS, *_WHOLE), "a vision tower", where)
     if model_type in _WHOLE:
         # Old CLIP configs hold both, and transformers lets this one win.
         key = "vision_config_dict" if hf.get("vision_config_dict") else "vision_config"
-        hf, where = table(hf, key, where), f"{where}: {key}"
+        hf, where = table(hf, key, where), inside(where, key)
         model_type = _WHOLE[model_type]
-    if model_type not in DEFAULTS:
-        known = " or ".join((*DEFAULTS, *_WHOLE))
-        raise refusal(where, "model_type", model_type, f"a vision tower: {known}")
     values = with_defaults(DEFAULTS[model_type], hf)
     require_one_of(values, "num_channels", (3,), where)
     is_clip = model_type == "clip_vision_model"
     has_head = not is_clip and require_one_of(values, "vision_use_head", (True, False), where)
     summary = "class_token" if is_clip else "attention_pool" if has_head else "none"
     mean, std = _mean_std(model_type, processor, where)
+    image_size = integer(values, "image_size", where, (VisionConfig, "image_size"))
+    patch_size = integer(values, "patch_size", where, (VisionConfig, "patch_size"))
+    if not 1 <= image_size // patch_size <= MOST_PATCHES:
+        expected = f"1 to {MOST_PATCHES} patches along the side of image_size = {image_size}"
+        raise refusal(where, "patch_size", patch_size, expected)
+    width = integer(values, "hidden_size", where, (VisionConfig, "width"))
+    num_heads = integer(values, "num_attention_heads", where, (VisionConfig, "num_heads"))
+    if width % num_heads:
+        expected = f"a divisor of hidden_size = {width}"
+        raise refusal(where, "num_attention_heads", num_heads, expected)
     return VisionConfig(
         architecture="clip" if is_clip else "siglip",
-        image_size=integer(values, "image_size", where),
-        patch_size=integer(values, "patch_size", where),
-        width=integer(values, "hidden_size", where),
-        mlp_width=integer(values, "intermediate_size", where),
-        num_layers=integer(values, "num_hidden_layers", where),
+        image_size=image_size,
+        patch_size=patch_size,
+        width=width,
+        mlp_width=integer(values, "intermediate_size", where, (VisionConfig, "mlp_width")),
+        num_layers=integer(values, "num_hidden_layers", where, (VisionConfig, "num_layers")),
         unused_blocks=0,
-        num_heads=integer(values, "num_attention_heads", where),
-        norm_eps=number(values, "layer_norm_eps", where),
+        num_heads=num_heads,
+        norm_eps=number(values, "layer_norm_eps", where, (VisionConfig, "norm_eps")),
         activation=_ACTIVATIONS[require_one_of(values, "hidden_act", tuple(_ACTIVATIONS), where)],
         final_norm=not is_clip,
         pooling_head=has_head,
@@ -238,11 +248,14 @@ def _norm(source: str, target: str, layers: tuple[int, ...] = ()) -> list[Rule]:
 def _mean_std(
     model_type: str, processor: Mapping[str, Any] | None, where: str
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    statistics = []
-    for key, default in zip(("image_mean", "image_std"), _MEAN_STD[model_type], strict=True):
+    statistics, where = [], f"{where} (its processor)"
+    fields = (("image_mean", "mean"), ("image_std", "std"))
+    for (key, field), default in zip(fields, _MEAN_STD[model_type], strict=True):
         value = (processor or {}).get(key)
         value = list(default) if value is None else value
         if not isinstance(value, list) or len(value) != 3:
-            raise refusal(f"{where} (its processor)", key, value, "a list of three numbers")
-        statistics.append(tuple(float(v) for v in value))
+            raise refusal(where, key, value, "a list of three numbers")
+        numbers = {f"{key}[{i}]": v for i, v in enumerate(value)}
+        becomes = (VisionConfig, field)
+        statistics.append(tuple(number(numbers, name, where, becomes) for name in numbers))
     return statistics[0], statistics[1]
