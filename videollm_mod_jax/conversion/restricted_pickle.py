@@ -11,6 +11,8 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from videollm_mod_jax.names import shown
+
 _LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
@@ -113,7 +115,7 @@ def interpret(
 
 def _look_up(names: Mapping[str, Any], name: str) -> Any:
     if name not in names:
-        raise RefusedError(f"asks for {name!r}")
+        raise RefusedError(f"asks for {shown(name)}")
     return names[name]
 
 
@@ -131,7 +133,7 @@ def _set_items(target: Any, items: Sequence[Any]) -> None:
         if not isinstance(key, str | int | float | None):
             raise TypeError(f"a {type(key).__name__} is a key")
         if key in target:
-            raise ValueError(f"the key {key!r} is set twice")
+            raise ValueError(f"the key {shown(key)} is set twice")
         target[key] = value
 
 

@@ -9,6 +9,7 @@
 (https://github.com/huggingface/safetensors, section Format.)
 """
 
+import collections
 import json
 import reprlib
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from videollm_mod_jax.conversion.stored import TensorInfo, contiguous_strides
+from videollm_mod_jax.conversion.stored import MOST_AXES, TensorInfo, contiguous_strides
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.names import shown
 
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -37,8 +39,9 @@ DTYPES = {
     "BOOL": np.dtype("?"),
 }
 """By its name in a header: every dtype that is read."""
-# As in the reference implementation: a header that claims more is not a header.
-_MAX_HEADER_BYTES = 100 * 10**6
+# The reference implementation reads headers of up to 100 MB, of which python would make a gigabyte.
+# A shard of the largest models that are published has a tenth of this.
+_MAX_HEADER_BYTES = 16 << 20
 
 _AGAIN = "download it again"
 _DAMAGED = "the file is damaged: download it again"
@@ -58,7 +61,9 @@ def safetensors_infos(file: Path) -> dict[str, TensorInfo]:
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or length > _MAX_HEADER_BYTES:
-            raise UserError(f"{file} has no safetensors header; {_AGAIN}")
+            raise UserError(
+                f"{file} has no safetensors header of at most {_MAX_HEADER_BYTES} bytes; {_AGAIN}"
+            )
         header = opened.read(length)
     if len(header) < length:
         raise _cut_short(file, 8 + length - size)
@@ -69,7 +74,9 @@ def safetensors_infos(file: Path) -> dict[str, TensorInfo]:
     end = 8 + length
     for name, info in infos:
         if info.offset != end:
-            raise UserError(f"{file}: {name!r} begins at byte {info.offset}, not {end}; {_DAMAGED}")
+            raise UserError(
+                f"{file}: {shown(name)} begins at byte {info.offset}, not {end}; {_DAMAGED}"
+            )
         end += info.nbytes
     if end > size:
         raise _cut_short(file, end - size)
@@ -92,9 +99,8 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise UserError(f"{where} names {twice!r} twice; {_DAMAGED}")
+            (twice, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
+            raise UserError(f"{where} names {shown(twice)} twice; {_DAMAGED}")
         return values
 
     try:
@@ -118,11 +124,15 @@ def _info(file: Path, name: str, entry: Any, data: int) -> TensorInfo:
             pass
         case _:
             found = reprlib.repr(entry)
-            raise UserError(f"{file}: the header describes {name!r} as {found}; {_DAMAGED}")
+            raise UserError(f"{file}: the header describes {shown(name)} as {found}; {_DAMAGED}")
+    if len(shape) > MOST_AXES:
+        raise UserError(
+            f"{file}: {shown(name)} has {len(shape)} axes; expected at most {MOST_AXES}; {_DAMAGED}"
+        )
     if dtype not in DTYPES:
         raise UserError(
-            f"{file}: {name!r} has the dtype {dtype}; expected one of {', '.join(DTYPES)}: use "
-            "weights that are not quantised"
+            f"{file}: {shown(name)} has the dtype {dtype:.80}; expected one of "
+            f"{', '.join(DTYPES)}: use weights that are not quantised"
         )
     info = TensorInfo(
         file=file,
@@ -133,8 +143,8 @@ def _info(file: Path, name: str, entry: Any, data: int) -> TensorInfo:
     )
     if end - begin != info.nbytes:
         raise UserError(
-            f"{file}: {name!r} has {end - begin} bytes; expected {info.nbytes} for {dtype} of the "
-            f"shape {shape}; {_DAMAGED}"
+            f"{file}: {shown(name)} has {end - begin} bytes; expected {info.nbytes} for {dtype} "
+            f"of the shape {shown(shape)}; {_DAMAGED}"
         )
     return info
 

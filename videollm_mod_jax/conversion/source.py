@@ -21,7 +21,9 @@ from videollm_mod_jax.conversion.safetensors_file import parse_json, safetensors
 from videollm_mod_jax.conversion.stored import TensorInfo
 from videollm_mod_jax.conversion.table import Index
 from videollm_mod_jax.conversion.torch_bin import torch_infos
+from videollm_mod_jax.data.files import LARGEST_JSON
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.names import shown
 
 # By kind of weights, the files that can hold them, the preferred one first.
 _FILES = {
@@ -123,16 +125,18 @@ def _open_shards(directory: Path, index: Path) -> Source:
     for file in files:
         for name, info in _infos(file).items():
             if name in tensors:
-                raise UserError(f"{name!r} is in {tensors[name].file} and in {file}; {_MIXED}")
+                raise UserError(f"{shown(name)} is in {tensors[name].file} and in {file}; {_MIXED}")
             tensors[name] = info
     for name, info in tensors.items():
         if places.get(name) != info.file.name:
             place = f"in {places[name]}" if name in places else "nowhere"
-            raise UserError(f"{info.file} holds {name!r}, which {index.name} has {place}; {_MIXED}")
+            raise UserError(
+                f"{info.file} holds {shown(name)}, which {index.name} has {place}; {_MIXED}"
+            )
     for name, shard in places.items():
         if name not in tensors:
             raise UserError(
-                f"{directory / shard} lacks {name!r}, which {index.name} has there; {_MIXED}"
+                f"{directory / shard} lacks {shown(name)}, which {index.name} has there; {_MIXED}"
             )
     return Source(directory, files, tensors)
 
@@ -140,6 +144,8 @@ def _open_shards(directory: Path, index: Path) -> Source:
 def _weight_map(index: Path) -> dict[str, str]:
     """By tensor, the name of the shard that holds it."""
     _refuse_pointer(index)
+    if index.stat().st_size > LARGEST_JSON:
+        raise UserError(f"{index} has more than {LARGEST_JSON} bytes; download it again")
     places = parse_json(index.read_bytes(), str(index)).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise UserError(f"{index} has no table 'weight_map'; download it again")
@@ -147,7 +153,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         # A shard elsewhere is no part of what was downloaded.
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
             raise UserError(
-                f"{index}: {name!r} is in {shard!r}; expected a .safetensors or .bin file beside it"
+                f"{index}: {shown(name)} is in {shown(shard)}; expected a .safetensors or "
+                ".bin file beside it"
             )
     return places
 

@@ -12,6 +12,9 @@ from videollm_mod_jax.errors import UserError
 # Mapped pages count as resident memory, so no more than this of a file is mapped at a time.
 _MAPPED_BYTES = 8 * 2**20
 
+MOST_AXES = 32
+"""Of a tensor; those of models have four."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:

@@ -21,8 +21,12 @@ import ml_dtypes
 import numpy as np
 
 from videollm_mod_jax.conversion.restricted_pickle import RefusedError, interpret
-from videollm_mod_jax.conversion.stored import TensorInfo, extent
+from videollm_mod_jax.conversion.stored import MOST_AXES, TensorInfo, extent
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.names import shown
+
+_MOST_PICKLED = 16 << 20
+"""Bytes of a pickle, and of the directory of an archive: hundreds of thousands of tensors."""
 
 _RESAVE = "if you trust its origin, load it once with torch and save it as safetensors"
 _DAMAGED = "the file is damaged: download it again"
@@ -55,9 +59,9 @@ def torch_infos(file: Path) -> dict[str, TensorInfo]:
         and what is wrong in it are named.
     """
     members = _members(file)
-    if _content(file, members, "byteorder") == b"big":
+    if _content(file, members, "byteorder", 16) == b"big":
         raise UserError(f"{file} holds big-endian numbers; {_RESAVE}")
-    program = _content(file, members, "data.pkl")
+    program = _content(file, members, "data.pkl", _MOST_PICKLED)
 
     def storage(persistent_id: Any) -> _Storage:
         return _storage(file, members, persistent_id)
@@ -76,16 +80,36 @@ def torch_infos(file: Path) -> dict[str, TensorInfo]:
     for name, value in saved.items():
         if type(name) is not str or not isinstance(value, TensorInfo):
             raise UserError(
-                f"{file}: the entry {name!r} ({type(value).__name__}) is not a named tensor; load "
-                "the file once with torch and save the named tensors alone, as safetensors"
+                f"{file}: the entry {shown(name)} ({type(value).__name__}) is not a named tensor; "
+                "load the file once with torch and save the named tensors alone, as safetensors"
             )
     return dict(sorted(saved.items(), key=lambda item: item[1].offset))
+
+
+class _Bounded:
+    """An open file that reads so much at once as the directory of an archive has, and no more."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+        self.close = file.close
+
+    def read(self, size: int = -1) -> bytes:
+        """Reads up to `size` bytes.
+
+        Raises:
+          ValueError: they are too many.
+        """
+        data = self._file.read(min(size, _MOST_PICKLED) if size >= 0 else _MOST_PICKLED)
+        if len(data) == _MOST_PICKLED:
+            raise ValueError(f"its directory has {_MOST_PICKLED} bytes or more")
+        return data
 
 
 def _members(file: Path) -> dict[str, range]:
     """The bytes of each member of the archive, by its name without the archive's own name."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with file.open("rb") as opened, zipfile.ZipFile(_Bounded(opened)) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise _not_an_archive(file) from error
@@ -98,9 +122,9 @@ def _members(file: Path) -> dict[str, range]:
         for entry in entries:
             name = entry.filename.removeprefix(root)
             if name in members:
-                raise UserError(f"{file}: {entry.filename!r} is in it twice; {_DAMAGED}")
+                raise UserError(f"{file}: {shown(entry.filename)} is in it twice; {_DAMAGED}")
             if entry.compress_type != zipfile.ZIP_STORED:
-                raise UserError(f"{file}: {entry.filename!r} in it is compressed; {_RESAVE}")
+                raise UserError(f"{file}: {shown(entry.filename)} in it is compressed; {_RESAVE}")
             members[name] = _place(file, opened, entry)
     return members
 
@@ -115,7 +139,7 @@ def _place(file: Path, opened: BinaryIO, entry: zipfile.ZipInfo) -> range:
         start = entry.header_offset + len(header) + sum(_LOCAL_HEADER.unpack(header))
         if start + entry.file_size <= size:
             return range(start, start + entry.file_size)
-    raise UserError(f"{file}: {entry.filename!r} in it is not where it should be; {_DAMAGED}")
+    raise UserError(f"{file}: {shown(entry.filename)} in it is not where it should be; {_DAMAGED}")
 
 
 def _not_an_archive(file: Path) -> UserError:
@@ -128,8 +152,12 @@ def _not_an_archive(file: Path) -> UserError:
     return UserError(f"{file} is not a file of torch.save; download it again")
 
 
-def _content(file: Path, members: Mapping[str, range], name: str) -> bytes:
+def _content(file: Path, members: Mapping[str, range], name: str, most: int) -> bytes:
     place = members.get(name, range(0))
+    if len(place) > most:
+        raise UserError(
+            f"{file}: {name!r} in it has {len(place)} bytes; expected at most {most}; {_DAMAGED}"
+        )
     with file.open("rb") as opened:
         opened.seek(place.start)
         return opened.read(len(place))
@@ -144,10 +172,12 @@ def _storage(file: Path, members: Mapping[str, range], persistent_id: Any) -> _S
     name = f"data/{key}"
     place = members.get(name)
     if place is None:
-        raise UserError(f"{file}: the storage {name!r} is absent; {_DAMAGED}")
+        raise UserError(f"{file}: the storage {shown(name)} is absent; {_DAMAGED}")
     if count * dtype.itemsize > len(place):
         missing = count * dtype.itemsize - len(place)
-        raise UserError(f"{file}: {missing} bytes of the storage {name!r} are missing; {_DAMAGED}")
+        raise UserError(
+            f"{file}: {missing} bytes of the storage {shown(name)} are missing; {_DAMAGED}"
+        )
     return _Storage(file, place.start, count, dtype)
 
 
@@ -157,11 +187,13 @@ def _rebuild_tensor(
     """Stands in for torch._utils._rebuild_tensor_v2; offset and strides count elements."""
     if not isinstance(storage, _Storage) or type(shape) is not tuple or type(strides) is not tuple:
         raise TypeError("a tensor is rebuilt of something else than a storage and a shape")
+    if len(shape) > MOST_AXES:
+        raise ValueError(f"a tensor has {len(shape)} axes, more than {MOST_AXES}")
     if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
         found = reprlib.repr((offset, shape, strides))
         raise ValueError(f"offset, shape and strides of a tensor are {found}")
     if offset + extent(shape, strides, 1) > storage.count:
-        raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
+        raise ValueError(f"a tensor of shape {shown(shape)} reaches beyond its storage")
     return TensorInfo(
         file=storage.file,
         offset=storage.offset + offset * storage.dtype.itemsize,
