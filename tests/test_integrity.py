@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import orbax.checkpoint as ocp
@@ -242,6 +243,24 @@ def test_checksums_that_are_none_are_refused_in_one_line(small, text):
     with pytest.raises(UserError, match=r"is damaged: ") as caught:
         integrity.verify(small, DO)
     assert "\n" not in str(caught.value)
+
+
+def test_checksums_that_are_a_pipe_are_refused_unread(small):
+    (small / "checksums.json").unlink()
+    os.mkfifo(small / "checksums.json")
+    # The thread is left to wait, and the test fails, where a pipe is read.
+    refusal = []
+
+    def verify():
+        with pytest.raises(UserError, match=r"checksums\.json is damaged: it is no file") as caught:
+            integrity.verify(small, DO)
+        refusal.append(str(caught.value))
+
+    thread = threading.Thread(target=verify, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert len(refusal) == 1
+    assert "\n" not in refusal[0]
 
 
 def test_what_has_no_checksums_is_refused_and_loads_unverified(run):

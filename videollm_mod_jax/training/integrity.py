@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from videollm_mod_jax.data.files import read_json_object
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.training import distributed
 
@@ -182,19 +183,23 @@ def _read(path: Path, remedy: str) -> _Recorded:
       UserError: it is missing, or not one.
     """
     try:
-        if path.stat().st_size > _LARGEST_RECORD:
-            raise damaged(path, f"it has more than {_LARGEST_RECORD} bytes", remedy)
-        table = json.loads(path.read_text(encoding="utf-8"))
+        # A pipe that nobody writes to would be waited for: no pipe is read.
+        table = read_json_object(path, largest=_LARGEST_RECORD)
+    except UserError as error:
+        cause = error.__cause__
+        if isinstance(cause, FileNotFoundError | NotADirectoryError):
+            raise UserError(
+                f"{path} is missing, so that damage would not be seen; restore it from a copy, or "
+                f"{remedy}, or load without checksums: --no-verify, verify=False"
+            ) from None
+        if isinstance(cause, OSError):
+            raise _unreadable(path, cause) from error
+        what = str(error).removeprefix(f"{path} ")
+        raise damaged(path, f"it {what}", remedy) from error
+    try:
         if table[_OF_RECORD] != _digest(table[_ALGORITHM]):
             raise damaged(path, "its content is not what was written", remedy)
         recorded = {name: (size, digest) for name, (size, digest) in table[_ALGORITHM].items()}
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{path} is missing, so that damage would not be seen; restore it from a copy, or "
-            f"{remedy}, or load without checksums: --no-verify, verify=False"
-        ) from None
-    except OSError as error:
-        raise _unreadable(path, error) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
