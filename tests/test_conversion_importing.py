@@ -341,7 +341,7 @@ def run_killed(monkeypatch, conversion, destination, calls, function, before):
         (1, "save", True, "0 variables are there"),
         (2, "save", True, "variables are there"),
         (2, "save", False, "variables are there"),
-        (1, "finalize", True, "starting over"),
+        (1, "finalize", True, "going on"),
         (1, "finalize", False, "variables are there"),
     ],
 )
@@ -435,6 +435,79 @@ def test_a_killed_process_leaves_no_model_and_the_next_one_finishes(tmp_path, wh
         conversion, parts=(parts,), tokenizer=tmp_path / "source", config=CONFIG
     )
     run(conversion, tmp_path / "model")
+    assert_bitwise(loaded(tmp_path / "model"), expected)
+    assert not (tmp_path / "model.partial").exists()
+
+
+ENDING = """
+import os, shutil, signal, sys
+from pathlib import Path
+import rich.console
+from tests.tiny_conversion import make_conversion
+from videollm_mod_jax.conversion import destination, importing
+from orbax.checkpoint._src.path import async_path
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+importing.BATCH_BYTES, importing._LINKED_BYTES = 20_000, 1000
+conversion, _ = make_conversion(Path(sys.argv[1]) / "source")
+module, name = {where}
+real, count = getattr(module, name), iter(range(1000))
+
+def patched(*arguments, **options):
+    if next(count) == {calls}:
+        kill()
+    return real(*arguments, **options)
+
+def armed(*arguments, **options):
+    setattr(module, name, patched)
+    return finalize(*arguments, **options)
+
+finalize = importing.v1.partial.finalize
+importing.v1.partial.finalize = armed
+importing.import_model(
+    conversion, Path(sys.argv[1]) / "model", overwrite=False, console=rich.console.Console()
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "calls"),
+    [
+        ("async_path, 'rename'", 0),
+        ("async_path, 'rename'", 7),
+        ("async_path, 'rmtree'", 1),
+        ("importing, '_take_weights'", 0),
+        ("importing, '_hashes'", 0),
+        ("destination.os, 'rename'", 1),
+        ("destination.os, 'rename'", 2),
+        ("importing.output, 'put_in_place'", 0),
+        ("destination.shutil, 'rmtree'", -1),
+    ],
+)
+def test_a_process_killed_while_it_completes_is_gone_on_with(tmp_path, monkeypatch, where, calls):
+    code = ENDING.format(where=where, calls=calls)
+    if calls < 0:
+        # After the rename to the destination.
+        code = code.replace(
+            "importing.import_model(",
+            "place = importing.os.rename\n"
+            "def rename(a, b):\n    place(a, b)\n    Path(b).name == 'model' "
+            "and Path(a).name == 'model' and kill()\n"
+            "importing.os.rename = rename\nimporting.import_model(",
+        )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    conversion, expected = make_conversion(tmp_path / "again")
+    parts = dataclasses.replace(conversion.parts[0], source=open_source(tmp_path / "source"))
+    conversion = dataclasses.replace(conversion, parts=(parts,), tokenizer=tmp_path / "source")
+    read = []
+    real = loading.VariableReader.read
+    monkeypatch.setattr(loading.VariableReader, "read", lambda *a: [read.append(a[1]), real(*a)][1])
+    run(conversion, tmp_path / "model")
+    assert read == []
     assert_bitwise(loaded(tmp_path / "model"), expected)
     assert not (tmp_path / "model.partial").exists()
 

@@ -250,3 +250,26 @@ def test_training_is_deterministic_and_saving_loses_nothing(tmp_path):
 def test_training_needs_room_for_the_bytes():
     with pytest.raises(UserError, match="vocab_size: expected 258"):
         train_bpe(CORPUS, 257)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer.json", "[]", "expected an object"),
+        ("tokenizer.json", "{}", "not a Hugging Face tokenizer.json"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "not a token"),
+        ("tokenizer_config.json", "[]", "expected an object"),
+        ("tokenizer_config.json", '{"eos_token": 3}', "eos_token is 3; expected a text"),
+        ("tokenizer_config.json", '{"eos_token": {"text": "a"}}', "eos_token is {'text': 'a'}"),
+        ("tokenizer_config.json", "{}", "write the token that ends an answer as 'eos_token' in"),
+    ],
+)
+def test_files_of_other_shapes_are_one_line(tmp_path, file, content, words):
+    train_bpe(["a cat"] * 4, 300).save(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError) as error:
+        Tokenizer.load(tmp_path)
+    message = str(error.value)
+    assert words in message
+    assert file in message
+    assert "\n" not in message

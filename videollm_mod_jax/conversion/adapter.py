@@ -35,9 +35,8 @@ from videollm_mod_jax.conversion.peft_names import (
 from videollm_mod_jax.conversion.plan import Draft, Merge, Options, Part
 from videollm_mod_jax.conversion.stored import TensorInfo
 from videollm_mod_jax.conversion.table import Rule, Table
-from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.errors import UserError, shown
 from videollm_mod_jax.models import NO_LORA, LoraConfig, VideoLLMConfig, config_plan
-from videollm_mod_jax.names import shown
 
 FAMILY = "peft"
 

@@ -12,7 +12,7 @@ from videollm_mod_jax.conversion.plan import Conversion
 from videollm_mod_jax.data.tokenizer import Tokenizer
 from videollm_mod_jax.data.video import read_video
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.models import anyres
+from videollm_mod_jax.models import VisionConfig, anyres
 from videollm_mod_jax.models.vision import preprocess
 
 PROMPT = "The first thing that one sees here is"
@@ -69,9 +69,8 @@ def make_cases(
     def random_pixels(count: int) -> np.ndarray:
         return rng.normal(size=(count, vision.image_size, vision.image_size, 3)).astype(np.float32)
 
-    if config.decoder is None and not (prompt or image or video):
-        return [Case(name="tower", pixels_XCCA=random_pixels(FRAMES))]
-    config.require("decoder")
+    if config.decoder is None:
+        return _tower_cases(conversion, prompt, image, video, random_pixels(FRAMES))
     ids = tuple(Tokenizer.load(conversion.tokenizer).encode(prompt or PROMPT).ids.tolist())
     text = Case(name="text", after=ids)
     if image or video:
@@ -93,14 +92,37 @@ def make_cases(
         name="image", before=ids, after=ids, pixels_XCCA=pixels, crops=crops, size=size, slots=slots
     )
 
-    if video is not None:
-        frames = itertools.islice(read_video(video, 1.0, vision.image_size), MAX_FRAMES)
-        pixels = np.asarray(preprocess(np.stack([frame.image for frame in frames]), vision))
-    else:
-        pixels = random_pixels(FRAMES)
+    pixels = random_pixels(FRAMES) if video is None else _frames(video, vision)
     slots = len(pixels) * vision.tokens_per_frame + ends_videos_with_newline(conversion)
     frames = Case(name="video", before=ids, after=ids, pixels_XCCA=pixels, slots=slots)
     return [text, picture, frames]
+
+
+def _tower_cases(
+    conversion: Conversion,
+    prompt: str | None,
+    image: Path | None,
+    video: Path | None,
+    random_XCCA: np.ndarray,
+) -> list[Case]:
+    """What a tower alone is compared on: a picture, frames, or random pixels."""
+    if prompt is not None:
+        raise UserError(
+            f"--prompt is text, and {conversion.parts[0].source.directory} is a vision tower "
+            "without a language model; leave it out"
+        )
+    cases = []
+    if image is not None:
+        pixels, _ = _prepared(_processor_directory(conversion), image)
+        cases.append(Case(name="image", pixels_XCCA=pixels))
+    if video is not None:
+        cases.append(Case(name="video", pixels_XCCA=_frames(video, conversion.config.vision)))
+    return cases or [Case(name="tower", pixels_XCCA=random_XCCA)]
+
+
+def _frames(video: Path, vision: VisionConfig) -> np.ndarray:
+    frames = itertools.islice(read_video(video, 1.0, vision.image_size), MAX_FRAMES)
+    return np.asarray(preprocess(np.stack([frame.image for frame in frames]), vision))
 
 
 def any_resolution(conversion: Conversion) -> anyres.AnyResolution | None:

@@ -116,6 +116,10 @@ def put_in_place(complete: Path, destination: Path) -> None:
         if (work / REPLACED).exists():
             os.rename(work / REPLACED, destination)
         raise
+    # The journal last: it says of the others whose they are.
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(work, ignore_errors=True)
 
 

@@ -9,9 +9,8 @@ from videollm_mod_jax.conversion import adapter, drafting, live, llama, llava, v
 from videollm_mod_jax.conversion.plan import Conversion, Draft, Options, complete
 from videollm_mod_jax.conversion.source import Source, open_source
 from videollm_mod_jax.conversion.table import Table
-from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.errors import UserError, shown
 from videollm_mod_jax.models import VideoLLMConfig
-from videollm_mod_jax.names import shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,7 @@ from typing import Any
 from videollm_mod_jax.config_dict import Interval, interval_of
 from videollm_mod_jax.conversion.links import check_inside
 from videollm_mod_jax.data.files import read_json
-from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.names import shown
+from videollm_mod_jax.errors import UserError, shown
 
 LARGEST = 4 << 20
 """Bytes of a config.json that is read; those of the Hub have some thousands."""

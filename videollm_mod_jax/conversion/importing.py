@@ -2,11 +2,13 @@
 
     DST.partial/journal.json     what is saved so far, and of which conversion
     DST.partial/weights.*        Orbax's partial checkpoint; each batch of variables adds to it
+    DST.partial/kept/            what Orbax is completing, as it was before, by links
     DST.partial/model/           becomes DST in one rename, when all is there
 
 Interrupted at any moment, the same command goes on behind the last batch that the journal knows.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,6 +32,7 @@ from videollm_mod_jax.conversion.manifest import (
     TABLE_VERSION,
     Manifest,
     describe,
+    read_manifest,
     write_manifest,
 )
 from videollm_mod_jax.conversion.plan import Conversion
@@ -50,6 +53,8 @@ BATCH_BYTES = 256 * 2**20
 """Variables are saved in batches of at most this size, or one by one where one is larger."""
 
 _ORBAX = "weights"
+_KEPT = "kept"
+_LINKED_BYTES = 2**20
 _CHUNK_BYTES = 64 * 2**20
 
 
@@ -79,9 +84,13 @@ def import_model(
       UserError: the destination exists, a tensor is not finite or not what it should be, or the
         disk is full.
     """
-    _check_destination(destination, overwrite)
     work = destination.with_name(destination.name + ".partial")
     output.check_work(work)
+    if _is_in_place(work, destination, conversion):
+        shutil.rmtree(work)
+        console.print(f"{destination} is complete; only its work directory was left")
+        return read_manifest(destination)
+    _check_destination(destination, overwrite)
     tokenizer = None if conversion.tokenizer is None else Tokenizer.load(conversion.tokenizer)
     with output.full_disk_is_a_user_error(destination.parent):
         journal = _resume(work, _fingerprint(conversion), console)
@@ -143,9 +152,37 @@ def _write_weights(
         journal = dataclasses.replace(journal, saved=(*journal.saved, *batch))
         journal.write()
     bar.update(task, description="completing the checkpoint")
+    _keep(journal.work)
     dataclasses.replace(journal, completing=True).write()
     v1.partial.finalize(path)
+    shutil.rmtree(journal.work / _KEPT, ignore_errors=True)
     bar.update(task, description="weights")
+
+
+def _keep(work: Path) -> None:
+    """Keeps what Orbax is about to complete, which a killed process leaves neither old nor new.
+
+    Large files are links, which cost no space: Orbax renames and removes them, and writes into the
+    small ones alone. Where the file system has no links, an interrupted completion starts over.
+    """
+    shutil.rmtree(work / _KEPT, ignore_errors=True)
+    with contextlib.suppress(OSError, shutil.Error):
+        shutil.copytree(_partial(work), work / f"{_KEPT}.new", copy_function=_link)
+        os.rename(work / f"{_KEPT}.new", work / _KEPT)
+    shutil.rmtree(work / f"{_KEPT}.new", ignore_errors=True)
+
+
+def _restore(work: Path) -> None:
+    """Brings back what was there before the completion that was interrupted."""
+    shutil.rmtree(_partial(work), ignore_errors=True)
+    shutil.copytree(work / _KEPT, _partial(work), copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    if os.path.getsize(source) < _LINKED_BYTES:
+        shutil.copyfile(source, target)
+    else:
+        os.link(source, target)
 
 
 def _take_weights(checkpoint: Path, model: Path) -> None:
@@ -242,9 +279,11 @@ def _resume(work: Path, fingerprint: str, console: rich.console.Console) -> _Jou
         complete = any(path.exists() for path in (work / _ORBAX, work / "model" / WEIGHTS))
         if stored.fingerprint != fingerprint:
             console.print(f"{work} is of another conversion; starting over")
-        elif stored.completing and not complete:
+        elif stored.completing and not complete and not (work / _KEPT).exists():
             console.print(f"{work} was interrupted while it was being completed; starting over")
         else:
+            if stored.completing and not complete:
+                _restore(work)
             _remove_unfinished(work, stored.entries)
             console.print(f"going on in {work}: {len(stored.saved)} variables are there")
             return _Journal(work, fingerprint, stored.saved, stored.completing)
@@ -253,6 +292,20 @@ def _resume(work: Path, fingerprint: str, console: rich.console.Console) -> _Jou
     journal = _Journal(work, fingerprint)
     journal.write()
     return journal
+
+
+def _is_in_place(work: Path, destination: Path, conversion: Conversion) -> bool:
+    """Whether a killed process of the same conversion had all but removed its work directory."""
+    if not (work / output.JOURNAL).exists() or not (destination / MANIFEST_FILE).exists():
+        return False
+    left = (work / _ORBAX / "state", work / "model", work / _KEPT, _partial(work))
+    if any(path.exists() for path in left):
+        return False
+    stored = read_json(work / output.JOURNAL)
+    if not isinstance(stored, dict) or "completing" not in stored:
+        return False
+    stored = _read_journal(work / output.JOURNAL)
+    return stored.completing and stored.fingerprint == _fingerprint(conversion)
 
 
 def _read_journal(path: Path) -> _Record:
@@ -274,7 +327,7 @@ def _read_journal(path: Path) -> _Record:
 
 def _remove_unfinished(work: Path, entries: Sequence[str]) -> None:
     """Removes what the journal does not know: a batch that was being saved when the end came."""
-    ours = (output.JOURNAL, output.REPLACED, _ORBAX, _partial(work).name, "model")
+    ours = (output.JOURNAL, output.REPLACED, _KEPT, _ORBAX, _partial(work).name, "model")
     known = {work / name for name in ours}
     known |= {_partial(work) / name for name in entries}
     for path in {*work.iterdir(), *_partial(work).glob("*")} - known:

@@ -23,9 +23,8 @@ from videollm_mod_jax.conversion.hf_config import (
 from videollm_mod_jax.conversion.llama import decoder_from_hf, decoder_table, decoder_to_hf, linear
 from videollm_mod_jax.conversion.table import Rule, Table, join
 from videollm_mod_jax.conversion.vision import vision_from_hf, vision_table, vision_to_hf
-from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.errors import UserError, shown
 from videollm_mod_jax.models import DecoderConfig, VideoLLMConfig, VisionConfig, anyres
-from videollm_mod_jax.names import shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -227,10 +227,14 @@ def _cast(slab: np.ndarray, dtype: np.dtype, name: str, source: Source) -> np.nd
         return cast
     file = source.info(name).file
     if np.isfinite(slab).all():
-        raise UserError(
-            f"{file}: {name} holds {np.abs(slab).max():g}, too large for {dtype.name}; convert "
-            "with --dtype float32"
-        )
+        largest = np.abs(slab).max()
+        remedy = "convert with --dtype float32"
+        if largest > np.finfo(np.float32).max:
+            remedy = (
+                "no dtype of ours holds it (the largest is float32): look at what training did to "
+                "the weights, and save them in float32"
+            )
+        raise UserError(f"{file}: {name} holds {largest:g}, too large for {dtype.name}; {remedy}")
     raise UserError(
         f"{file}: {name} holds a value that is not finite; the weights are damaged: download or "
         "save them again"

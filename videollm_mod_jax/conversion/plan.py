@@ -221,8 +221,9 @@ def _config(draft: Draft, options: Options) -> VideoLLMConfig:
         raise UserError(f"--dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     if dtype == "auto":
         # The language model decides: towers are often stored more finely than they are used.
-        source = draft.parts[0].source
-        kinds = {source.info(name).dtype for name in source.names}
+        # Buffers and what is left out do not become weights.
+        source, table = draft.parts[0].source, draft.parts[0].table
+        kinds = {source.info(name).dtype for name in table.by_source() if name in source.tensors}
         halves = {np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)}
         dtype = "bfloat16" if kinds & halves else "float32"
     return VideoLLMConfig(

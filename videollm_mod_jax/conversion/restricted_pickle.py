@@ -11,8 +11,6 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from videollm_mod_jax.names import shown
-
 _LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 

@@ -20,8 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from videollm_mod_jax.conversion.stored import MOST_AXES, TensorInfo, contiguous_strides
-from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.names import shown
+from videollm_mod_jax.errors import UserError, shown
 
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),

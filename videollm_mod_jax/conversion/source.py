@@ -22,8 +22,7 @@ from videollm_mod_jax.conversion.stored import TensorInfo
 from videollm_mod_jax.conversion.table import Index
 from videollm_mod_jax.conversion.torch_bin import torch_infos
 from videollm_mod_jax.data.files import LARGEST_JSON
-from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.names import shown
+from videollm_mod_jax.errors import UserError, shown
 
 # By kind of weights, the files that can hold them, the preferred one first.
 _FILES = {

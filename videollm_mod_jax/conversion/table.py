@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.names import shown
+from videollm_mod_jax.errors import UserError, shown
 
 Index = tuple[slice, ...]
 

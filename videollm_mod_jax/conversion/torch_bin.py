@@ -22,8 +22,7 @@ import numpy as np
 
 from videollm_mod_jax.conversion.restricted_pickle import RefusedError, interpret
 from videollm_mod_jax.conversion.stored import MOST_AXES, TensorInfo, extent
-from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.names import shown
+from videollm_mod_jax.errors import UserError, shown
 
 _MOST_PICKLED = 16 << 20
 """Bytes of a pickle, and of the directory of an archive: hundreds of thousands of tensors."""

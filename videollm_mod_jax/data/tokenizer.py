@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,15 +58,17 @@ class Tokenizer:
         """
         self._definition = definition
         self.bos, self.eos = bos, eos
-        parsed = files.parse_json(definition.encode(errors="surrogatepass"), source)
-        with _refusing(source):
-            self._tokenizer = tokenizers.Tokenizer.from_str(
-                json.dumps(without_prefix_space(parsed))
-            )
+        with _refused(source):
+            self._read(bos, eos, source)
+            self._check_pieces(source)
+
+    def _read(self, bos: str, eos: str, source: str) -> None:
+        adapted = json.dumps(without_prefix_space(json.loads(self._definition)))
+        self._tokenizer = tokenizers.Tokenizer.from_str(adapted)
         placeholder = tokenizers.AddedToken(dialogue.PLACEHOLDER, special=True, normalized=False)
         known = self._tokenizer.get_vocab()
         known.pop(dialogue.PLACEHOLDER, None)
-        self.vocab_size = max(known.values()) + 1
+        self.vocab_size = max(known.values(), default=0) + 1
         for name, token in (("bos", bos), ("eos", eos)):
             if token and token not in known:
                 raise UserError(f"{source}: {name} {token!r} is not a token of its vocabulary")
@@ -85,7 +87,6 @@ class Tokenizer:
                 f"token, found {len(interval) - 2}; use another tokenizer"
             )
         self.interval_id = int(interval[1])
-        self._check_pieces(source)
 
     @classmethod
     def load(
@@ -103,18 +104,20 @@ class Tokenizer:
         """
         path = pathlib.Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
+        config = {}
         beside = path.with_name("tokenizer_config.json")
-        try:
-            definition = files.read_bytes(path).decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8: {error.reason}") from error
-        config = files.read_json_object(beside) if beside.exists() else {}
+        if not path.is_file():
+            raise UserError(f"{path}: cannot read the tokenizer: there is no such file")
+        files.read_json_object(path)  # which says in one line what is wrong with it
+        definition = path.read_text(encoding="utf-8-sig")
+        if beside.is_file():
+            config = files.read_json_object(beside)
         bos = _token_text(config, "bos_token", beside) if bos is None else bos
         eos = _token_text(config, "eos_token", beside) if eos is None else eos
         if not eos:
             raise UserError(
                 f"{path}: the tokenizer has no eos token; write the token that ends an answer as "
-                f"'eos_token' in {beside}"
+                f"'eos_token' in {beside.name} beside it"
             )
         return cls(definition, bos, eos, source=str(path))
 
@@ -264,22 +267,29 @@ def train_bpe(lines: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(bpe.to_str(), BOS, EOS, source="trained BPE")
 
 
-def _token_text(config: Mapping[str, Any], key: str, source: pathlib.Path) -> str:
-    """The text of a special token of a `tokenizer_config.json`; "" where there is none."""
-    token = config.get(key) or ""
-    text = token.get("content") if isinstance(token, dict) else token
+def _token_text(config: dict[str, Any], key: str, where: pathlib.Path) -> str:
+    value = config.get(key) or ""
+    text = value.get("content") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        raise UserError(f"{source}: {key} is {shown(token)}; expected the text of a token, or null")
+        raise UserError(
+            f"{where}: {key} is {shown(value)}; expected a text, or {{'content': text}}"
+        )
     return text
 
 
 @contextlib.contextmanager
-def _refusing(source: str) -> Iterator[None]:
-    """Turns what `tokenizers` raises for a definition into a UserError."""
+def _refused(source: str) -> Iterator[None]:
+    """Turns all that the library raises for a definition that it does not take into one line."""
     try:
         yield
-    except BaseException as error:
-        # It raises bare Exception; where Rust panics, something that is not even that.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise UserError(f"{source}: not a Hugging Face tokenizer.json: {error}") from error
+    except UserError:
         raise
+    # The library raises bare Exceptions, and panics, which are none.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{source}: not a Hugging Face tokenizer.json that can be read: {reason:.200}; "
+            "download it again, or save it anew with transformers"
+        ) from error
