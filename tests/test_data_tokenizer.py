@@ -211,7 +211,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 
 
 def test_unreadable_files_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot read"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a Hugging Face"):
