@@ -159,8 +159,22 @@ def test_compares_a_tower(hf, tmp_path):
     halved = jax.tree.map(lambda leaf: leaf / 2, loaded.variables)
     save_model(tmp_path / "other", loaded.config, halved, None, "")
     assert not run(source, tmp_path / "other")[0]
-    with pytest.raises(UserError, match="the model has no decoder"):
+    with pytest.raises(UserError, match="siglip is a vision tower without a language model"):
         run(source, model, prompt="A cat")
+
+
+def test_compares_a_tower_on_a_picture(hf, tmp_path):
+    import transformers
+
+    source = hf.save(hf.siglip(), tmp_path / "siglip")
+    side = hf.SIGLIP["image_size"]
+    transformers.SiglipImageProcessor(size={"height": side, "width": side}).save_pretrained(source)
+    model = converted(source, tmp_path / "model")
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "picture.png")
+    verdict, text = run(source, model, image=tmp_path / "picture.png")
+    assert verdict
+    assert "image" in text
 
 
 def test_refuses_a_model_of_another_source(hf, llava, tmp_path):
