@@ -87,6 +87,16 @@ def test_added_rows_are_the_mean_of_the_others(source, tmp_path, capsys):
         np.testing.assert_allclose(value[rows:], [mean, mean], rtol=1e-6, atol=1e-8)
 
 
+def test_a_conversion_of_before_rows_could_be_added_is_read(tmp_path, capsys):
+    directory, model = make_source(tmp_path / "source", "llama"), tmp_path / "model"
+    assert run(capsys, "from-hf", directory, model)[0] == 0
+    whole, path = read_manifest(model), model / "conversion.json"
+    values = json.loads(path.read_text())
+    del values["added_rows"]
+    path.write_text(json.dumps(values | {"format": 1}))
+    assert read_manifest(model) == whole
+
+
 def test_slices_of_added_rows_are_those_of_the_whole(source, monkeypatch):
     directory, _ = source
     conversion = plan_conversion(directory, Options(resize_embeddings=True))

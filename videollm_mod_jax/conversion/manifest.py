@@ -148,6 +148,9 @@ def read_manifest(directory: Path) -> Manifest | None:
         return None
     values = read_json(path)
     found = tuple(values.get(key) for key in ("format", "table")) if _is_table(values) else None
+    if found == (1, TABLE_VERSION):
+        # Before rows could be added.
+        values, found = {"added_rows": 0, **values}, (FORMAT, TABLE_VERSION)
     if found != (FORMAT, TABLE_VERSION):
         raise UserError(
             f"{path}: format and table are {found}; expected {(FORMAT, TABLE_VERSION)}; it was "
