@@ -1,6 +1,7 @@
 """Folders of videos become features: the tower's, whatever the batches; bad ones are named."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -105,6 +106,15 @@ def test_names_are_paths_without_their_ending(tmp_path):
     assert list(found) == ["a/x.y", "a/z", "b", "linked/q"]
     assert found["a/x.y"] == tmp_path / "videos" / "a" / "x.y.JPG"
 
+    for make, said in (
+        (lambda path: path.symlink_to(tmp_path / "gone.mp4"), "a link to nothing"),
+        (os.mkfifo, "no file"),
+    ):
+        odd = tmp_path / "videos" / "odd.mp4"
+        make(odd)
+        with pytest.raises(UserError, match=rf"odd\.mp4 is {said}; expected a video: remove"):
+            video_folder.find_videos(tmp_path / "videos")
+        odd.unlink()
     (tmp_path / "videos" / "a" / "z.png").touch()
     with pytest.raises(UserError, match=r"a/z\..* and .*a/z\..*: both are named 'a/z'"):
         video_folder.find_videos(tmp_path / "videos")

@@ -35,8 +35,8 @@ def find_videos(directory: str | os.PathLike) -> dict[str, Path]:
       Paths by name: relative to the directory, `/` between folders, without the ending.
 
     Raises:
-      UserError: no such directory, no video in it, a link to a directory around it, or two files
-        of one name.
+      UserError: no such directory, no video in it, a link to a directory around it or to nothing,
+        a pipe or device with the name of a video, or two files of one name.
     """
     directory, found = Path(directory), {}
     if not directory.is_dir():
@@ -49,6 +49,10 @@ def find_videos(directory: str | os.PathLike) -> dict[str, Path]:
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             if path.suffix.lower() not in VIDEOS | IMAGES:
                 continue
+            if not path.is_file():
+                # A pipe would be waited for without end.
+                what = "a link to nothing" if path.is_symlink() else "no file"
+                raise UserError(f"{path} is {what}; expected a video: remove or rename it")
             name = path.relative_to(directory).with_suffix("").as_posix()
             if name in found:
                 raise UserError(

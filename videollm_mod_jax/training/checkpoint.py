@@ -397,18 +397,17 @@ def _check_table(part: Path, arrays: int) -> None:
         raise UserError(f"{part} is missing; the model is incomplete: train or convert it again")
     path, most = part / "_METADATA", 2 * arrays + 16
     try:
-        size = path.stat().st_size
-        if size <= _ENTRY_BYTES * most:
-            count = len(json.loads(path.read_text(encoding="utf-8"))["tree_metadata"])
-            if count <= most:
-                return
-            size = f"{size} bytes and {count} arrays"
-    except OSError as error:
-        raise integrity.damaged(path, f"{error.strerror}", remedy(part)) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise integrity.damaged(path, "it cannot be read", remedy(part)) from error
-    what = f"it has {size}; expected the table of a model of at most {arrays} arrays ({MODEL_FILE})"
-    raise integrity.damaged(path, what, remedy(part))
+        table = read_json_object(path, largest=_ENTRY_BYTES * most).get("tree_metadata")
+    except UserError as error:
+        raise integrity.damaged(path, f"it cannot be read ({error})", remedy(part)) from error
+    if not isinstance(table, Mapping) or len(table) > most:
+        count = f"{len(table)} arrays" if isinstance(table, Mapping) else "none"
+        raise integrity.damaged(
+            path,
+            f"it has {count}; expected the table of a model of at most {arrays} arrays "
+            f"({MODEL_FILE})",
+            remedy(part),
+        )
 
 
 def _restore(path: Path, target: Variables) -> Variables:
