@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -284,6 +286,19 @@ def test_damaged_weights_are_refused(copy, pattern):
         load_model(copy)
     with pytest.raises(UserError, match=r"weights(/_METADATA)? is damaged: .*cannot be read"):
         load_model(copy, verify=False)
+
+
+def test_damage_that_many_reads_meet_is_one_line(copy):
+    files = [path for path in (copy / "weights").glob("**/d/*") if path.is_file()]
+    for path in files:
+        path.write_bytes(bytes(path.stat().st_size))
+    code = "import sys; from videollm_mod_jax.training.checkpoint import load_model\n"
+    code += "try: load_model(sys.argv[1], verify=False)\nexcept ValueError as e: print(e)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(copy)], capture_output=True, text=True, check=True
+    )
+    assert "weights" in ended.stdout
+    assert "Event loop" not in ended.stderr
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):

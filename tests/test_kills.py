@@ -11,11 +11,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(("command", "kills"), [("train", 1), ("encode", 3)])
+@pytest.mark.parametrize(
+    ("command", "kills"), [("train", 1), ("encode", 3), ("prepare", 4), ("convert", 4)]
+)
 def test_a_command_that_was_killed_at_random_moments_ends_with_the_same_files(
     command, kills, tmp_path
 ):
-    # More by hand: python -m tests.kills train WORK --kills 20
+    # More by hand, and of evaluate: python -m tests.kills evaluate WORK --kills 20
     ended = subprocess.run(
         [
             sys.executable,

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -217,6 +219,7 @@ def reading(path: Path) -> Iterator[None]:
     Raises:
       UserError: Orbax cannot read it.
     """
+    _ignore_late_reads()
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError):
@@ -227,6 +230,22 @@ def reading(path: Path) -> Iterator[None]:
         first_line = str(error).strip().partition("\n")[0][:300]
         what = f"it cannot be read ({type(error).__name__}: {first_line})"
         raise integrity.damaged(path, what, remedy(path)) from error
+
+
+@functools.cache
+def _ignore_late_reads() -> None:
+    """Has Python print no traceback for reads that end when Orbax has given up on another.
+
+    TensorStore reports each to an event loop that Orbax has closed by then.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def remedy(path: Path) -> str:
