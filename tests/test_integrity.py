@@ -382,8 +382,11 @@ def test_a_checkpoint_that_its_run_deletes_gives_way_to_a_newer_one(run):
         ("[" * 100_000, "cannot be read"),
         ("null", "cannot be read"),
         ('{"tree_metadata": 3}', "cannot be read"),
-        (json.dumps({"tree_metadata": dict.fromkeys(map(str, range(9_000)))}), "and 9000 arrays; "),
-        (json.dumps({"tree_metadata": {"x": "x" * 10**7}}), r"it has \d+; expected the table of"),
+        (
+            json.dumps({"tree_metadata": dict.fromkeys(map(str, range(9_000)))}),
+            "it has 9000 arrays; ",
+        ),
+        (json.dumps({"tree_metadata": {"x": "x" * 10**7}}), r"has more than \d+ bytes; expected"),
     ],
     ids=["deep", "null", "number", "many", "large"],
 )

@@ -31,7 +31,7 @@ from videollm_mod_jax.config_dict import Checked, build
 from videollm_mod_jax.data import files
 from videollm_mod_jax.data.files import read_json, read_json_object
 from videollm_mod_jax.data.tokenizer import Tokenizer
-from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.errors import UserError, shown
 from videollm_mod_jax.models import VideoLLM, VideoLLMConfig, full_computation
 from videollm_mod_jax.training import integrity
 from videollm_mod_jax.training.checkpointer import (
@@ -400,14 +400,12 @@ def _check_table(part: Path, arrays: int) -> None:
         table = read_json_object(path, largest=_ENTRY_BYTES * most).get("tree_metadata")
     except UserError as error:
         raise integrity.damaged(path, f"it cannot be read ({error})", remedy(part)) from error
-    if not isinstance(table, Mapping) or len(table) > most:
-        count = f"{len(table)} arrays" if isinstance(table, Mapping) else "none"
-        raise integrity.damaged(
-            path,
-            f"it has {count}; expected the table of a model of at most {arrays} arrays "
-            f"({MODEL_FILE})",
-            remedy(part),
-        )
+    if not isinstance(table, Mapping):
+        what = f"its arrays cannot be read: tree_metadata is {shown(table)}"
+        raise integrity.damaged(path, what, remedy(part))
+    if len(table) > most:
+        what = f"it has {len(table)} arrays; expected the table of a model of at most {arrays}"
+        raise integrity.damaged(path, f"{what} ({MODEL_FILE})", remedy(part))
 
 
 def _restore(path: Path, target: Variables) -> Variables:
