@@ -384,7 +384,7 @@ def test_a_checkpoint_that_its_run_deletes_gives_way_to_a_newer_one(run):
         ('{"tree_metadata": 3}', "cannot be read"),
         (
             json.dumps({"tree_metadata": dict.fromkeys(map(str, range(9_000)))}),
-            "it has 9000 arrays; ",
+            "has 9000 arrays; ",
         ),
         (json.dumps({"tree_metadata": {"x": "x" * 10**7}}), r"has more than \d+ bytes; expected"),
     ],
