@@ -13,6 +13,8 @@ from collections.abc import Callable
 from re import _constants as op
 from re import _parser, error
 
+from videollm_mod_jax.errors import UserError, shown
+
 _MOST_CHARACTERS = 10_000
 _MOST_STEPS = 200_000
 """In one text; published expressions take some hundreds."""
@@ -22,7 +24,7 @@ _BEGINNING = {op.AT_BEGINNING, op.AT_BEGINNING_STRING}
 _REPEATS = (op.MAX_REPEAT, op.MIN_REPEAT)
 
 
-class PatternError(ValueError):
+class PatternError(UserError):
     """An expression that is none, or that is not matched here; the message says why."""
 
 
@@ -82,7 +84,10 @@ class _Walk:
     def _item(self, kind: object, argument: object, places: set[int]) -> set[int]:
         self._left -= 1 + len(places)
         if self._left < 0:
-            raise PatternError("it takes too long to match")
+            raise PatternError(
+                f"it takes more than {_MOST_STEPS} steps to match a regular expression of the "
+                f"adapter with {shown(self._text)}; write out the names of the modules"
+            )
         if kind in (op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN):
             fits = _one(kind, argument)
             size = len(self._text)
