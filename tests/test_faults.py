@@ -117,3 +117,20 @@ def test_a_closed_standard_output_is_no_fault():
     with start("printing", **closes) as process:
         assert process.wait(60) == 0
         assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("command", ["train", "stream", "evaluate", "convert"])
+def test_ctrl_c_while_modules_load_prints_no_traceback(tmp_path, command):
+    (tmp_path / "numpy.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"videollm_mod_jax.{command}", "--help"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (-signal.SIGINT, "")

@@ -16,7 +16,14 @@ used, so that a data worker, which needs no JAX, does not pay for it.
 """
 
 import importlib
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"]:
+    # One of our commands, whose modules take seconds to load: Ctrl-C ends it, without the traceback
+    # of an import. The command hears signals itself when it begins.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if TYPE_CHECKING:
     from videollm_mod_jax.data.video import Frame, read_video, write_video
