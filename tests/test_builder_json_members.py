@@ -71,7 +71,7 @@ def test_names_that_come_twice_come_twice(path):
     ("text", "message"),
     [
         (b"", "at the top, after character 0: expected {, found the end of the file"),
-        (b'\xef\xbb\xbf{"videos": {}}', "at the top, after character 0: expected {, found \ufeff"),
+        (b'\xef\xbb\xbf{"videos": {}}', "at the top, after character 0: expected {, found \\ufeff"),
         (b"[1]", "expected {, found ["),
         (b'{"other": 1}', "expected a field 'videos' at the top; there are ['other']"),
         (b'{"videos": [1]}', "in 'videos', after character 11: expected {, found ["),
