@@ -203,7 +203,7 @@ def stored_parts(directory: Path, step: int | None = None) -> list[Path]:
       step: which checkpoint of a run; None takes the newest.
 
     Raises:
-      UserError: there is no checkpoint `step`, or it is a run without any.
+      UserError: there is no checkpoint `step`.
     """
     steps = checkpoint_steps(directory)
     if step is None:
@@ -211,11 +211,6 @@ def stored_parts(directory: Path, step: int | None = None) -> list[Path]:
     elif step not in steps:
         there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
         raise UserError(f"{directory} has no checkpoint of update {step}; {there}")
-    if step is None and (directory / CONFIG_FILE).exists():
-        raise UserError(
-            f"{directory} is a training run with no checkpoint yet; expected one that has saved an "
-            "update: run the same train command to go on"
-        )
     weights = directory / WEIGHTS
     return [weights] if step is None else [weights, directory / CHECKPOINTS / str(step) / "trained"]
 
