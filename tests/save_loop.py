@@ -35,8 +35,9 @@ def state_of(step: int) -> TrainState:
 def main(workdir: Path) -> None:
     """Resumes, checks, and saves every `INTERVAL` steps."""
     with Checkpointer(workdir, keep=2) as checkpointer:
-        for kept in checkpoint_steps(workdir):
-            # A checkpoint that has its name is complete, whenever the kill came.
+        for kept in sorted(checkpoint_steps(workdir))[-2:]:
+            # A checkpoint that has its name is complete, whenever the kill came; one that is no
+            # longer kept may have been killed while it was deleted.
             for path in (workdir / CHECKPOINTS / str(kept)).rglob(integrity.CHECKSUMS):
                 integrity.verify(path.parent, "nothing")
         step = checkpointer.latest_step() or 0
