@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh
 from tests import tiny_training
 from videollm_mod_jax import cli
 from videollm_mod_jax.errors import UserError
-from videollm_mod_jax.training import checkpoint, distributed, loop, sharding
+from videollm_mod_jax.training import checkpoint, distributed, liveness, loop, sharding
 
 BATCH_SIZE = 8
 STEPS = 6
@@ -95,6 +95,13 @@ def fail(workdir: Path) -> None:
     distributed.barrier("never")
 
 
+def wait(workdir: Path) -> None:
+    """Waits for the others, as a collective does, after all have come."""
+    distributed.barrier("come")
+    print("ready", flush=True)
+    distributed.barrier("never" if jax.process_index() else "sooner")
+
+
 def gather(workdir: Path) -> None:
     """Prints what all processes say, from all of them."""
     with distributed.lead_first("file") as lead:
@@ -121,12 +128,13 @@ TASKS = {
     "load": load,
     "fail": fail,
     "gather": gather,
+    "wait": wait,
 }
 
 if __name__ == "__main__":
 
     def run():
-        distributed.SILENCE = SILENCE
+        liveness.SILENCE = SILENCE
         distributed.initialize(timeout=float(os.environ.get("TIMEOUT", "120")))
         TASKS[sys.argv[1]](Path(sys.argv[2]))
 

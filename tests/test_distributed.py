@@ -138,6 +138,20 @@ def test_a_run_of_two_processes_survives_kills_and_restores_anywhere(tmp_path, c
     assert digests([(0, out, "")]) == [digests(whole)[0]] * 3
 
 
+def test_a_kill_of_the_first_process_is_one_line_in_each_other(tmp_path, cache):
+    address = f"localhost:{free_port()}"
+    job = Job("wait", tmp_path, cache, processes=4, address=address)
+    job.signal_when_ready(0, signal.SIGKILL)
+    first, *others = job.end()
+    assert first[0] == -signal.SIGKILL
+    for index, (status, _, error) in enumerate(others, 1):
+        assert status == 1
+        assert [line for line in error.splitlines() if "Gloo" not in line] == [
+            f"error: process 0 of 4, at {address}, is gone, and process {index} ends; the same "
+            "command goes on from the last checkpoint"
+        ]
+
+
 def test_processes_share_the_hashing_and_all_refuse_what_one_finds_damaged(tmp_path, cache):
     config = tiny_training.model_config(rank=2)
     save_model(tmp_path, config, tiny_training.variables(config), tiny_training.TOKENIZER, "watch")

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from videollm_mod_jax import signals
 from videollm_mod_jax.config_dict import Interval
 from videollm_mod_jax.errors import UserError, fault_of_machine, printable
-from videollm_mod_jax.training import distributed
+from videollm_mod_jax.training import distributed, liveness
 from videollm_mod_jax.training.checkpoint import best_step
 
 _MISTAKES = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, UserError)
@@ -90,7 +90,7 @@ def report_user_errors(
         error.add_note(_BUG)
         if not jax.distributed.is_initialized():
             raise
-        distributed.end_all(1, None)
+        liveness.end_all(1, None)
     return 0
 
 
@@ -254,7 +254,7 @@ def join_processes(arguments: argparse.Namespace) -> None:
 
 def _end(status: int, message: str) -> int:
     if jax.distributed.is_initialized():
-        distributed.end_all(status, printable(message))
+        liveness.end_all(status, printable(message))
     _say(message)
     return status
 

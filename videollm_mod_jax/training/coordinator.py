@@ -6,6 +6,7 @@ minutes; what stands here says it in a line.
 """
 
 import contextlib
+import dataclasses
 import errno
 import os
 import re
@@ -108,6 +109,89 @@ def wait_until_reached(address: tuple[str, int], timeout: float) -> None:
             time.sleep(min(0.5, timeout / 10))
         else:
             return
+
+
+class Relay:
+    """Carries the bytes between JAX in this process and the coordinator, and sees when it is gone.
+
+    JAX aborts, with the trace of a C++ stack, at the moment its connection breaks. The one to a
+    relay never does while it is watched, so that this process can say who is gone, and leave.
+
+    Attributes:
+      address: host:port that JAX connects to instead of the coordinator's; of this machine alone.
+    """
+
+    def __init__(self, coordinator: tuple[str, int]):
+        """Listens.
+
+        Args:
+          coordinator: host and port; it listens already.
+        """
+        self._coordinator = coordinator
+        self._gone: Callable[[], None] | None = None
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def watch(self, gone: Callable[[], None]) -> None:
+        """Calls `gone`, in a thread, when the coordinator breaks a connection; never returns."""
+        self._gone = gone
+
+    def release(self) -> None:
+        """Lets connections end: the work is done."""
+        self._gone = None
+
+    def _serve(self) -> None:
+        while True:
+            near, _ = self._listener.accept()
+            try:
+                far = socket.create_connection(self._coordinator)
+            except OSError:
+                self._end(near)
+                continue
+            connection = _Connection(near, far)
+            for carry in (self._send, self._receive):
+                threading.Thread(target=carry, args=(connection,), daemon=True).start()
+
+    def _send(self, connection: "_Connection") -> None:
+        with contextlib.suppress(OSError):
+            while sent := connection.near.recv(2**16):
+                try:
+                    connection.far.sendall(sent)
+                except OSError:
+                    self._end(connection.near)
+        # JAX ended this one; what comes back is no sign of the coordinator's end.
+        connection.ended = True
+        _shut(connection.far)
+
+    def _receive(self, connection: "_Connection") -> None:
+        with contextlib.suppress(OSError):
+            while received := connection.far.recv(2**16):
+                try:
+                    connection.near.sendall(received)
+                except OSError:
+                    return
+        if not connection.ended:
+            self._end(connection.near)
+
+    def _end(self, near: socket.socket) -> None:
+        if self._gone is not None:
+            self._gone()
+        _shut(near)
+
+
+@dataclasses.dataclass
+class _Connection:
+    near: socket.socket
+    far: socket.socket
+    ended: bool = False
+    """By JAX in this process."""
+
+
+def _shut(connection: socket.socket) -> None:
+    # Not close: another thread waits in `recv`, which this wakes.
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager

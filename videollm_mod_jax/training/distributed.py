@@ -5,7 +5,6 @@ that arrays and meshes span all of them. Process 0 leads: it alone writes small 
 One process without any of this is the plain case, in which every function here does the obvious.
 """
 
-import atexit
 import contextlib
 import itertools
 import json
@@ -14,10 +13,9 @@ import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,8 +25,10 @@ from jax.sharding import Mesh
 from videollm_mod_jax import locks, signals
 from videollm_mod_jax.data import files
 from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.training import liveness
 from videollm_mod_jax.training.coordinator import (
     TIMEOUT,
+    Relay,
     check_free,
     limited,
     parse_address,
@@ -39,16 +39,9 @@ from videollm_mod_jax.training.sharding import MESH_AXES, Layout, make_layout
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """What may be set instead of `--coordinator`, `--num-processes` and `--process-id`."""
 
-_END = "videollm_mod_jax/end"
-_LIFE = "videollm_mod_jax/life"
-SILENCE = 30.0
-"""Seconds without a sign of life until a process is gone."""
-_BEAT = 2.0
 _GRACE = 5.0
 """Seconds that process 0 waits longer than the others, so that each has its own say."""
 
-# Waiting for process 0 to draw a dataset may take hours; a process that died is noticed anyway.
-_PATIENCE_MS = 7 * 24 * 3600 * 1000
 _barriers = itertools.count()
 
 
@@ -95,6 +88,7 @@ def initialize(
     if not 0 < timeout <= 86400:
         raise UserError(f"--coordinator-timeout is {timeout}; expected a number in (0, 86400]")
     given = [value is not None for value in (coordinator, num_processes, process_id)]
+    relay = None
     if all(given):
         address = parse_address(coordinator)
         if num_processes < 1 or not 0 <= process_id < num_processes:
@@ -104,6 +98,7 @@ def initialize(
             )
         if process_id:
             wait_until_reached(address, timeout)
+            relay = Relay(address)
         else:
             check_free(address)
 
@@ -124,7 +119,7 @@ def initialize(
     try:
         with limited(timeout, give_up):
             jax.distributed.initialize(
-                coordinator,
+                relay.address if relay else coordinator,
                 num_processes,
                 process_id,
                 cluster_detection_method="deactivate" if all(given) else None,
@@ -151,10 +146,7 @@ def initialize(
             jax.config.update("jax_compilation_cache_dir", str(compiled))
     if alone:
         return
-    watch = threading.Thread(target=_end_with_the_others, daemon=True)
-    watch.start()
-    threading.Thread(target=_live, daemon=True).start()
-    atexit.register(_finish, watch)
+    liveness.watch(relay, coordinator)
 
 
 def is_lead() -> bool:
@@ -165,7 +157,7 @@ def is_lead() -> bool:
 def barrier(name: str) -> None:
     """Returns when every process has come here; all must pass the same barriers in one order."""
     if jax.process_count() > 1:
-        _client().wait_at_barrier(f"{name}/{next(_barriers)}", _PATIENCE_MS)
+        liveness.client().wait_at_barrier(f"{name}/{next(_barriers)}", liveness.PATIENCE_MS)
 
 
 @contextlib.contextmanager
@@ -269,96 +261,6 @@ class StopSignal:
 
     def _receive(self, signum: int) -> None:
         self.signum, self._received = signum, True
-
-
-def end_all(status: int, message: str | None) -> NoReturn:
-    """Ends all processes of the job with one message, whatever the others are waiting for.
-
-    A process that just left would keep the others in their next collective until a timeout.
-
-    Args:
-      status: exit status of all of them.
-      message: printed on stderr if this process is the first to end; None for the traceback of
-        the exception being handled.
-    """
-    message = traceback.format_exc().rstrip() if message is None else message
-    try:
-        _client().key_value_set(_END, f"{status} {jax.process_index()}")
-    except jax.errors.JaxRuntimeError as error:
-        # Another one was first: it has spoken, and the thread below ends this process.
-        if "ALREADY_EXISTS" in str(error):
-            threading.Event().wait()
-    print(message, file=sys.stderr)
-    _leave(status)
-
-
-def _end_with_the_others() -> None:
-    """Waits, in a thread, for a process that ends all of them."""
-    try:
-        status, first = map(int, _client().blocking_key_value_get(_END, _PATIENCE_MS).split())
-    except jax.errors.JaxRuntimeError:
-        # Process 0 is gone, which JAX reports itself.
-        return
-    if status and first != jax.process_index():
-        _leave(status)
-
-
-def _live() -> None:
-    """Gives signs of life, in a thread; process 0 ends the job when those of another fail to come.
-
-    JAX notices it, too, later, and aborts.
-    """
-    client, own = _client(), jax.process_index()
-    seen = {i: ("", time.monotonic()) for i in range(jax.process_count())}
-    for beat in itertools.count():
-        try:
-            client.key_value_set(f"{_LIFE}/{own}", str(beat), allow_overwrite=True)
-            if own == 0:
-                _check_alive(dict(client.key_value_dir_get(_LIFE)), seen)
-        except jax.errors.JaxRuntimeError:
-            # The job is at its end, or process 0 is gone, which JAX reports itself.
-            return
-        time.sleep(_BEAT)
-
-
-def _check_alive(found: Mapping[str, str], seen: dict[int, tuple[str, float]]) -> None:
-    now = time.monotonic()
-    for index, (beat, since) in seen.items():
-        latest = found.get(f"{_LIFE}/{index}", "")
-        if latest != beat:
-            seen[index] = latest, now
-        elif now - since > SILENCE:
-            end_all(
-                1,
-                f"error: process {index} of {len(seen)} has given no sign of life for "
-                f"{SILENCE:.0f} s, and the others end; the same command goes on from the last "
-                "checkpoint",
-            )
-
-
-def _finish(watch: threading.Thread) -> None:
-    """Releases the threads when the work is done: a waiting one would crash the interpreter."""
-    if is_lead():
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _client().key_value_set(_END, "0 0")
-    watch.join()
-
-
-def _leave(status: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if is_lead():
-        # It serves the others, who are still to hear of the end.
-        time.sleep(1)
-    # Not sys.exit: the main thread may be in a collective that never returns.
-    os._exit(status)
-
-
-def _client() -> Any:
-    # It has no public name; Orbax takes it from the same place.
-    from jax._src import distributed
-
-    return distributed.global_state.client
 
 
 def _number(value: int | None, variable: str) -> int | None:
