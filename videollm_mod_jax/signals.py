@@ -11,6 +11,9 @@ is, after which every command goes on.
 """
 
 import contextlib
+import functools
+import multiprocessing
+import os
 import signal
 import socket
 import threading
@@ -36,6 +39,24 @@ class Interrupted(KeyboardInterrupt):
 def status_of(signum: int) -> int:
     """Return the exit status of a process that a signal ended: 130 of Ctrl-C, 143 of SIGTERM."""
     return 128 + signum
+
+
+@functools.cache
+def end_with_parent() -> None:
+    """Have this process, a worker, end when the one that started it does, killed or not.
+
+    Otherwise it would wait for ever, and hold its memory and its locks. Does nothing in a process
+    that is nobody's worker, nor the second time.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from videollm_mod_jax import signals
 from videollm_mod_jax.data import augment, dialogue, example
 from videollm_mod_jax.data.annotations import Record, frame_range
 from videollm_mod_jax.data.features import FeatureSource
@@ -149,6 +150,7 @@ def training_batches(
     datasets = [examples for examples, _ in mixture]
 
     def load(batch: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        signals.end_with_parent()
         rngs = (np.random.default_rng((seed, batch, row)) for row in range(batch_size)[rows])
         found = (_locate(datasets, int(number)) for number in numbers[rows])
         return _stack([one.load(index, rng) for (one, index), rng in zip(found, rngs, strict=True)])

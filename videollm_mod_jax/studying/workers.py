@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
+from videollm_mod_jax import signals
 from videollm_mod_jax.config_dict import COUNT, Checked, Interval
 
 LOG = "workers.log"
@@ -64,6 +65,7 @@ def in_process(function: Callable[..., Any], workdir: Path, *arguments: Any) -> 
 
 def _start_worker(queue: Any, log: Path) -> None:
     """Gives a process its device, before JAX looks for any, and a file for what it prints."""
+    signals.end_with_parent()
     kind, number = queue.get()
     if kind == "cpu":
         os.sched_setaffinity(0, {int(number)})
