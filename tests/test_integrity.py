@@ -351,6 +351,16 @@ def test_checkpoints_that_are_a_file_are_refused(run):
             read(run)
 
 
+def test_a_run_that_has_saved_no_update_is_told_to_go_on(run):
+    (run / "config.json").write_text("{}")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match=r"no checkpoint yet; run the same train command to go on"):
+        load_model(run)
+    (run / "model.json").unlink()
+    with pytest.raises(UserError, match=r"no model.json yet; run the same train command to go on"):
+        load_model(run)
+
+
 def test_a_checkpoint_that_its_run_deletes_gives_way_to_a_newer_one(run):
     asked = []
 

@@ -158,9 +158,18 @@ def load_model(
         stored = [_stored_tree(part, most_arrays(config), verify) for part in parts]
         # Tracing a model of absurd sizes takes minutes or the memory.
         shapes = {name: shape for tree in stored for name, shape in _shapes(tree).items()}
-        check_sizes(directory, config, shapes)
-        expected = abstract_variables(VideoLLM(config), layout)
-        _check_same(directory, expected, stored)
+        try:
+            check_sizes(directory, config, shapes)
+            expected = abstract_variables(VideoLLM(config), layout)
+            _check_same(directory, expected, stored)
+        except UserError as error:
+            # What a run trains stands in its checkpoints alone.
+            if len(parts) > 1 or not (directory / CONFIG_FILE).exists():
+                raise
+            raise UserError(
+                f"{directory} is a training run that has saved no checkpoint yet; run the same "
+                f"train command to go on ({error})"
+            ) from error
         loaded: Variables = {}
         for part, tree in zip(parts, stored, strict=True):
             loaded = merge_variables(loaded, _restore(part, _like(tree, expected)))
@@ -260,7 +269,7 @@ def load_trained(
         if not trained:
             raise UserError(
                 f"{directory} holds no checkpoint; expected the directory of a training run that "
-                "has saved one"
+                "has saved one: run the same train command to go on"
             )
         tree = _stored_tree(trained[0], most_arrays(config), verify)
         target = _like(tree, expected)
@@ -326,6 +335,11 @@ def read_model_config(directory: Path) -> VideoLLMConfig:
             "(what --workdir named when it was trained)"
         )
     if not (directory / MODEL_FILE).exists():
+        if (directory / CONFIG_FILE).exists():
+            raise UserError(
+                f"{directory} is a training run that has saved no {MODEL_FILE} yet; run the same "
+                "train command to go on"
+            )
         raise UserError(
             f"{directory} holds no {MODEL_FILE}; expected the directory of a trained or converted "
             "model (what --workdir named when it was trained)"
