@@ -188,6 +188,14 @@ def test_the_language_model_decides_the_dtype_unless_it_is_given(
     assert (config.dtype, config.param_dtype) == (dtype, dtype)
 
 
+def test_a_buffer_that_is_stored_in_halves_does_not_decide_the_dtype(tmp_path):
+    llama = write(tmp_path / "whole", LLAMA_CONFIG, "llama")
+    file = llama / "model.safetensors"
+    frequencies = np.ones(4, np.float16)
+    save_file({**load_file(file), "model.rotary_emb.inv_freq": frequencies}, file)
+    assert plan_conversion(llama, Options()).config.param_dtype == "float32"
+
+
 def test_pixel_statistics_are_read_beside_the_weights_in_either_file(siglip):
     statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 2.0, 3.0]}
     nested = siglip / "processor_config.json"

@@ -275,6 +275,13 @@ def test_a_value_too_large_for_the_dtype_is_refused(tmp_path):
         run(conversion, tmp_path / "model")
 
 
+def test_a_value_too_large_for_any_dtype_is_not_sent_to_one_that_cannot_hold_it(tmp_path):
+    change = differ(EMBEDDING, lambda e: np.full(e.shape, 1e39))
+    with pytest.raises(UserError, match=rf"{EMBEDDING} holds 1e\+39, too large") as error:
+        run(with_tensors(tmp_path, change), tmp_path / "model")
+    assert "no dtype of ours holds it" in str(error.value)
+
+
 def test_an_existing_destination_stays_unless_it_may_be_overwritten(tmp_path):
     conversion, _ = make_conversion(tmp_path / "source")
     run(conversion, tmp_path / "model")

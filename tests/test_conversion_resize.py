@@ -133,3 +133,23 @@ def test_a_model_whose_tokenizer_was_exchanged_is_not_loaded(tmp_path, capsys):
     add_tokens(model, rows)
     with pytest.raises(UserError, match=rf"'<beyond>' with the id {rows} .*--resize-embeddings"):
         load_model(model)
+
+
+@pytest.mark.parametrize("picture", [7, 32000])
+def test_what_was_resized_equals_its_source(source, picture, tmp_path, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    directory, rows = source
+    hf = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(hf | {"image_token_index": picture}))
+    model = tmp_path / "model"
+    assert run(capsys, "from-hf", directory, model, "--resize-embeddings")[0] == 0
+    status, out, err = run(capsys, "verify", directory, model, "--tokens", "4")
+    if "text_config" in hf and picture >= rows:
+        assert status == 2
+        assert f"of the source is {picture}, and its embeddings have {rows} rows, so that" in err
+        return
+    assert status == 0, out + err
+    status, out, err = run(capsys, "verify", directory, model, "--prompt", "a <beyond> b")
+    assert status == 2
+    assert "--prompt has a token of which the source has no embedding" in err

@@ -135,8 +135,15 @@ class Reference:
 
     def _slot_id(self, kind: str) -> int:
         names = (f"{kind}_token_id", f"{kind}_token_index")  # transformers 5, transformers 4
-        config = self.model.config
-        return next(getattr(config, name) for name in names if hasattr(config, name))
+        config, rows = self.model.config, self.model.get_input_embeddings().num_embeddings
+        name, found = next((name, getattr(config, name)) for name in names if hasattr(config, name))
+        if not 0 <= found < rows:
+            raise UserError(
+                f"{name} of the source is {found}, and its embeddings have {rows} rows, so that "
+                "PyTorch cannot run it; set it in config.json to the id of a token that no "
+                "prompt holds"
+            )
+        return found
 
     def _connector(self) -> Any:
         names = r"(.*\.)?(multi_modal_projector|connector)"
