@@ -76,3 +76,16 @@ def test_an_output_that_has_few_characters_is_written_with_escapes():
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
     assert (done.returncode, done.stdout) == (0, b"\\u2193 \\xe9\n"), done.stderr
+
+
+@pytest.mark.parametrize("status", [0, 2, 130])
+def test_what_failed_leaves_without_taking_the_interpreter_down(status):
+    program = (
+        "import atexit; from videollm_mod_jax import cli; atexit.register(print, 'taken down'); "
+        f"print('said'); cli.leave({status})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status
+    assert done.stdout.split("\n") == (["said", ""] if status else ["said", "taken down", ""])

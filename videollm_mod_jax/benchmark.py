@@ -12,7 +12,6 @@ config can be overridden: --config.data.batch_size=2. `launch/benchmark.sh` runs
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -293,4 +292,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

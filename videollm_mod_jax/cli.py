@@ -94,6 +94,20 @@ def report_user_errors(
     return 0
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process of a command with its exit status.
+
+    What failed or was interrupted may leave threads of JAX or TensorStore at work, which crash in
+    an interpreter that takes itself down.
+    """
+    if status:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def _open_missing_streams() -> None:
     """Opens /dev/null for standard streams that were closed before Python started.
 
@@ -320,7 +334,7 @@ def run_with_config(run: Callable[..., None], progress: Callable[[Path], str]) -
         def interrupted() -> str:
             return f"interrupted; {progress(Path(workdir.value))}"
 
-        sys.exit(report_user_errors(joined_run, interrupted))
+        leave(report_user_errors(joined_run, interrupted))
 
     app.run(main, flags_parser=parse)
 

@@ -10,7 +10,6 @@ r"""Converts PyTorch checkpoints of the Hugging Face Hub to models of ours, chec
 import argparse
 import re
 import shlex
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -344,4 +343,4 @@ differ. Give the other options that from-hf was given."""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

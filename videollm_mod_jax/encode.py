@@ -352,4 +352,4 @@ def _open(name: str, data_dir: Path, split: str) -> Sequence[Mapping[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

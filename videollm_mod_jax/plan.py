@@ -12,7 +12,6 @@ need `pip install jax-cuda12-plugin jax-cuda12-pjrt` and no GPU.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -170,4 +169,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

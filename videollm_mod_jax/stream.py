@@ -9,7 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -322,4 +321,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

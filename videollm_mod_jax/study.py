@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, as_completed
@@ -436,4 +435,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())
