@@ -89,3 +89,29 @@ def test_what_failed_leaves_without_taking_the_interpreter_down(status):
     )
     assert done.returncode == status
     assert done.stdout.split("\n") == (["said", ""] if status else ["said", "taken down", ""])
+
+
+SWALLOWING = """
+import os, signal, time
+from videollm_mod_jax import cli, signals
+
+signals.PATIENCE = 0.5
+
+class Swallows:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(10**6))
+
+def run():
+    Swallows()
+    time.sleep(30)
+
+cli.leave(cli.report_user_errors(run))
+"""
+
+
+def test_a_signal_that_a_destructor_swallows_ends_the_command_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWING], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

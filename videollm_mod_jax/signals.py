@@ -16,9 +16,11 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 PATIENCE = 5.0
 """Seconds that interrupted work has to come to its end."""
@@ -94,6 +96,14 @@ def interruptible(leave: Callable[[int, bool], None], say: Callable[[str], None]
             raise Interrupted(signum)
         _softly(signum)
 
+    report = sys.unraisablehook
+
+    def swallowed(error: Any) -> None:
+        # In a destructor or a callback of the collector, which raise nothing; `listen` sees to it.
+        if not isinstance(error.exc_value, Interrupted):
+            report(error)
+
+    sys.unraisablehook = swallowed
     before = {number: signal.signal(number, interrupt) for number in _HEARD}
     wakeup = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=listen, daemon=True)
@@ -105,6 +115,7 @@ def interruptible(leave: Callable[[int, bool], None], say: Callable[[str], None]
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = report
         tells.close()
         thread.join()
         heard.close()
