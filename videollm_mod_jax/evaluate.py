@@ -219,9 +219,10 @@ def _read_report(out: Path, described: dict[str, Any]) -> dict[str, Any]:
 
 def write_report(out: Path, report: reporting.Report) -> None:
     """Writes `report.json`, and its tables as `report.md`."""
-    write_json(out / REPORT, report)
+    # The tables first: what the report has, a command that goes on takes for done.
     with files.written_aside(out / MARKDOWN) as aside:
         aside.write_text(reporting.as_markdown(reporting.grids([report])), encoding="utf-8")
+    write_json(out / REPORT, report)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
