@@ -1,6 +1,7 @@
 """Sampling times, letterbox, stream choice, rotation and errors, on videos that the tests write."""
 
 import fractions
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from videollm_mod_jax.data.video import read_video, write_video
+from videollm_mod_jax.data.video import location, read_video, write_video
 from videollm_mod_jax.errors import UserError
 
 
@@ -221,3 +222,12 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 def test_a_rate_without_sense_is_refused_before_the_file_is_opened(tmp_path, fps):
     with pytest.raises(UserError, match="fps: expected more than 0"):
         next(iter(read_video(tmp_path / "none.mp4", fps)))
+
+
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video("clip.mp4", np.zeros((2, 16, 16, 3), np.uint8), fps=2)
+    os.rename("clip.mp4", "12:30 lunch.mp4")
+    assert [frame.time for frame in read_video("12:30 lunch.mp4", fps=2)] == [0.0, 0.5]
+    assert location("12:30 lunch.mp4") == "file:12:30 lunch.mp4"
+    assert location("rtsp://10.0.0.5/door") == "rtsp://10.0.0.5/door"

@@ -54,7 +54,7 @@ def read_video(
     if not 0 < fps <= 1000:
         raise UserError(f"{path}: fps: expected more than 0 and at most 1000, found {fps}")
     try:
-        with av.open(os.fspath(path)) as container:
+        with av.open(location(path)) as container:
             chosen = _video_stream(container, stream, path)
             chosen.thread_type = "AUTO"
             yield from _sample(container.decode(chosen), fps, size, path)
@@ -65,6 +65,19 @@ def read_video(
             else "download it again, or if a player shows it: ffmpeg -i FILE new.mp4"
         )
         raise UserError(f"{path}: cannot read the video: {error.strerror}; {advice}") from error
+
+
+def location(path: str | os.PathLike) -> str:
+    """How FFmpeg is told what to open.
+
+    ```
+    clip.mp4 (a file)            file:clip.mp4
+    12:30 lunch.mp4 (a file)     file:12:30 lunch.mp4, where FFmpeg would look for a protocol "12"
+    rtsp://10.0.0.5/door         rtsp://10.0.0.5/door
+    ```
+    """
+    text = os.fspath(path)
+    return f"file:{text}" if os.path.lexists(text) else text
 
 
 def write_video(
@@ -94,7 +107,7 @@ def video_writer(
     Raises:
       UserError: no frames.
     """
-    with files.written_aside(path) as aside, av.open(os.fspath(aside), "w") as container:
+    with files.written_aside(path) as aside, av.open(f"file:{aside}", "w") as container:
         stream = None
 
         def write(image: np.ndarray) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import av
 
+from videollm_mod_jax.data.video import location
 from videollm_mod_jax.errors import UserError
 
 # fmt: off
@@ -70,7 +71,7 @@ def about_frames(path: Path, fps: float) -> int:
     if path.suffix.lower() in IMAGES:
         return 1
     try:
-        with av.open(os.fspath(path)) as container:
+        with av.open(location(path)) as container:
             return max(1, round((container.duration or 0) / av.time_base * fps))
     # It will fail again where it is reported, when its frames are to be decoded.
     except Exception:
