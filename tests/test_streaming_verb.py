@@ -1,6 +1,7 @@
 """`stream` narrates a file from one directory, and refuses bad input with one line."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from tests import tiny_stream
 from tests.ended import status_of
 from videollm_mod_jax import stream
+from videollm_mod_jax.data.times import parse_time
 from videollm_mod_jax.data.video import Frame, read_video, write_video
 from videollm_mod_jax.errors import UserError
 from videollm_mod_jax.streaming.narrate import Caption, draw_narration
@@ -82,7 +84,8 @@ def test_streams_a_model_of_8_bit_weights(run, monkeypatch):
         (["--video", "missing.mp4"], "missing.mp4"),
         (["--checkpoint", "nowhere"], "nowhere"),
         (["--silence-threshold", "3"], "--silence-threshold is '3'; expected a number in [0, 1]"),
-        (["--fps", "8"], "max_frames = 6"),
+        (["--out", "narrated.gif"], "--out is narrated.gif; expected a file that ends in .mp4,"),
+        (["--show-routing", "x.webm"], "--show-routing is x.webm; expected a file that ends in"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(run, tmp_path, capsys, more, message):
@@ -91,9 +94,96 @@ def test_bad_input_is_one_line_and_writes_nothing(run, tmp_path, capsys, more, m
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.err.count("\n") == 1
-    # Only a context that fills up is found out while the model speaks.
-    assert not printed.out or "--fps" in more
+    assert not printed.out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["the same", "a link", "a hard link"])
+def test_the_video_that_is_read_is_not_written_over(run, tmp_path, capsys, kind):
+    clip, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
+    shutil.copy(run / "clip.mp4", clip)
+    if kind == "the same":
+        out = clip
+    elif kind == "a link":
+        out.symlink_to(clip)
+    else:
+        out.hardlink_to(clip)
+    status = stream.main(command(run, "--video", str(clip), "--out", str(out)))
+    assert status == 2
+    assert f"--out is {out}, which is the video that is read" in capsys.readouterr().err
+    assert clip.read_bytes() == (run / "clip.mp4").read_bytes()
+    other = tmp_path / "other.mp4"
+    both = command(run, "--out", str(other), "--show-routing", str(other))
+    assert stream.main(both) == 2
+    assert f"--show-routing is {other}, which is --out as well" in capsys.readouterr().err
+    assert not other.exists()
+
+
+def test_a_wrong_file_is_refused_before_a_model_is_loaded(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stream, "load_model", lambda *_, **__: 1 / 0)
+    (tmp_path / "text.mp4").write_text("no video")
+    for video in ("missing.mp4", str(tmp_path), str(tmp_path / "text.mp4")):
+        assert stream.main(command(run, "--video", video)) == 2
+        assert capsys.readouterr().err.startswith(f"error: {video}: cannot read the video: ")
+
+
+def test_what_was_narrated_before_the_context_was_full_is_kept(run, tmp_path, capsys):
+    out = tmp_path / "narrated.mp4"
+    assert stream.main(command(run, "--fps", "8", "--out", str(out))) == 2
+    printed = capsys.readouterr()
+    assert "max_frames = 6" in printed.err
+    # The seventh frame, at 0.75 s, is the first that has no room.
+    assert printed.out.splitlines()[-1] == f"wrote {out}, up to 0.6 s"
+    assert [frame.time for frame in read_video(out, fps=8)] == [k / 8 for k in range(6)]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_was_narrated_before_an_interruption_is_kept(run, tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def interrupted(image, time, said):
+        seen.append(time)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return draw_narration(image, time, said)
+
+    monkeypatch.setattr(stream, "draw_narration", interrupted)
+    out = tmp_path / "narrated.mp4"
+    assert stream.main(command(run, "--out", str(out))) == 130
+    assert f"wrote {out}, up to 1.0 s" in capsys.readouterr().out
+    assert [frame.time for frame in read_video(out, fps=2)] == [0.0, 0.5, 1.0]
+
+
+def test_a_question_behind_the_last_frame_keeps_it():
+    narrated = stream.narrate(
+        FakeSession(),
+        [Frame(time, None) for time in (0.0, 0.5)],
+        [stream.parse_question("9: Late?")],
+        2.0,
+        lambda caption: None,
+        [],
+    )
+    assert [next(narrated)[0].time for _ in range(2)] == [0.0, 0.5]
+    with pytest.raises(UserError, match="the question at 9 s comes after the end"):
+        next(narrated)
+
+
+def test_the_drawn_times_and_questions():
+    for text, seconds in (
+        ("12.5", 12.5), ("0:03", 3), ("2:05.5", 125.5), ("1:00:00,250", 3600.25),
+    ):  # fmt: skip
+        assert parse_time(text) == seconds
+    for text in ("3:5", "1:75", "-1", "nan", "1:2:3:4", "", "1e3", "٣"):
+        with pytest.raises(ValueError, match="is no time; expected seconds, m:ss or h:mm:ss"):
+            parse_time(text)
+    for text, seconds, question in (
+        ("12.5: How many?", 12.5, "How many?"),
+        ("0:03: How many?", 3, "How many?"),
+        ("1:02:03: And now?", 3723, "And now?"),
+        ("7:30 is it?", 7, "30 is it?"),
+        ("4: 几个?", 4, "几个?"),
+    ):
+        assert stream.parse_question(text) == stream.Question(seconds, question)
 
 
 def test_help_teaches(capsys):

@@ -8,7 +8,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -16,14 +16,16 @@ import av
 import numpy as np
 
 from videollm_mod_jax import cli
-from videollm_mod_jax.data.video import Frame, read_video, video_writer
-from videollm_mod_jax.errors import UserError
+from videollm_mod_jax.data.times import TIME, parse_time
+from videollm_mod_jax.data.video import Frame, location, read_video, video_writer
+from videollm_mod_jax.errors import UserError, shown
 from videollm_mod_jax.models import VideoLLMConfig, full_computation
 from videollm_mod_jax.models.flops import kv_cache_bytes
 from videollm_mod_jax.streaming.ahead import DEPTH, ahead
 from videollm_mod_jax.streaming.int8 import quantize
 from videollm_mod_jax.streaming.kept import describe_kept, draw_kept, routed_layers
 from videollm_mod_jax.streaming.narrate import Caption, draw_narration
+from videollm_mod_jax.streaming.recording import check_recordings, check_video
 from videollm_mod_jax.streaming.session import StreamingSession
 from videollm_mod_jax.training.checkpoint import LoadedModel, load_model
 
@@ -36,22 +38,27 @@ class Question:
     text: str
 
 
+_ASK = re.compile(rf"\s*(?P<time>{TIME})\s*:(?P<question>.*)", re.DOTALL | re.ASCII)
+
+
 def parse_question(text: str) -> Question:
-    """Reads `--ask`: `"12.5: How many?"` is a question at 12.5 seconds.
+    """Reads `--ask`: a time, a colon and a question.
+
+    ```
+    12.5: How many?       12.5 s           0:03: How many?      3 s
+    1:02:03: And now?     3723 s           7:30 is it?          7 s, "30 is it?": no second colon
+    ```
 
     Raises:
       UserError: no time, or no question.
     """
-    seconds, _, question = text.partition(":")
-    try:
-        when = float(seconds)
-    except ValueError:
-        when = math.nan
-    if not (math.isfinite(when) and when >= 0 and question.strip()):
+    match = _ASK.fullmatch(text)
+    if match is None or not match["question"].strip():
         raise UserError(
-            f'--ask is {text!r}; expected "SECONDS: QUESTION", such as "12.5: How many so far?"'
+            f'--ask is {shown(text)}; expected "SECONDS: QUESTION", such as "12.5: How many so '
+            'far?"; a time may be m:ss or h:mm:ss as well'
         )
-    return Question(when, question.strip())
+    return Question(parse_time(match["time"]), match["question"].strip())
 
 
 def narrate(
@@ -102,9 +109,10 @@ def narrate(
         last = frame
     end = last.time + 1 / fps
     ask_until(end)
+    yield last, tuple(captions)
+    # Behind the last frame, which is kept.
     if waiting:
         _refuse_after(waiting[-1].time, end)
-    yield last, tuple(captions)
 
 
 def _timed(frames: Iterable[Frame], waits: list[float]) -> Iterator[Frame]:
@@ -175,6 +183,10 @@ def _run(arguments: argparse.Namespace) -> None:
     questions = [parse_question(text) for text in arguments.ask]
     if not arguments.fps > 0:
         raise UserError(f"--fps is {arguments.fps:g}; expected more than 0")
+    check_recordings(
+        arguments.video, {"--out": arguments.out, "--show-routing": arguments.show_routing}
+    )
+    check_video(arguments.video, arguments.fps)
     if questions:
         _check_questions(questions, arguments.video, arguments.fps)
     step = cli.chosen_step(arguments.checkpoint, arguments.step)
@@ -213,7 +225,8 @@ def _play(
     """Shows the video and writes what is asked for; the seconds that each frame was waited for.
 
     Three threads: frames are decoded and encoded, the model sees them, pictures are drawn and
-    compressed.
+    compressed. What ends it early, Ctrl-C or a damaged video, leaves what was narrated until then
+    in files that play.
     """
     waits: list[float] = []
     with contextlib.ExitStack() as threads:
@@ -234,19 +247,30 @@ def _play(
             file and threads.enter_context(video_writer(file, arguments.fps))
             for file in (out, show_routing)
         )
-        for frame, said, kept_LN in seen:
-            if write:
-                write(draw_narration(frame.image, frame.time, said))
-            if write_routing:
-                picture = draw_kept(frame.image, kept_LN, config)
-                write_routing(draw_narration(picture, frame.time, said))
+        written, early = None, None
+        try:
+            for frame, said, kept_LN in seen:
+                if write:
+                    write(draw_narration(frame.image, frame.time, said))
+                if write_routing:
+                    picture = draw_kept(frame.image, kept_LN, config)
+                    write_routing(draw_narration(picture, frame.time, said))
+                written = frame.time
+        except (UserError, KeyboardInterrupt) as error:
+            if written is None:
+                raise
+            early = error
+    if early is not None:
+        for file in filter(None, (out, show_routing)):
+            print(f"wrote {file}, up to {written:.1f} s", flush=True)
+        raise early
     return waits
 
 
 def _check_questions(questions: Sequence[Question], video: str, fps: float) -> None:
     """Refuses a question after the end before anything is loaded, if the file knows its length."""
     try:
-        with av.open(video) as container:
+        with av.open(location(video)) as container:
             length = container.duration
     except av.FFmpegError:
         return  # read_video says what is wrong
@@ -286,8 +310,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--fps", type=cli.number("[1e-3, 1000]"), default=2.0,
         help="frames per second that the model sees; take the "
         "rate of its training")  # fmt: skip
-    add("--ask", action="append", default=[], metavar='"SECONDS: QUESTION"', help="ask in "
-        'mid-stream, such as "12.5: How many digits so far?"; may be repeated')  # fmt: skip
+    add("--ask", action="append", default=[], metavar='"TIME: QUESTION"', help="ask in "
+        'mid-stream, such as "12.5: How many digits so far?"; the time may be m:ss or h:mm:ss as '
+        "well; may be repeated")  # fmt: skip
     add("--out", metavar="FILE.mp4", help="write the video with its narration drawn below it")
     add("--show-routing", metavar="FILE.mp4", help="write the video with the patches of every "
         "frame that its routed layers keep")  # fmt: skip
