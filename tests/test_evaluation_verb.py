@@ -92,6 +92,14 @@ def test_writes_a_line_per_stream_and_prints_their_means(run, results, capsys):
     assert parts["self-conditioned"]["scores"].keys() >= {"f1", "f1_in_window", "cider"}
 
 
+def test_what_the_report_has_the_tables_have(results, tmp_path, monkeypatch):
+    """A kill may come between them; what the report has is not done again."""
+    monkeypatch.setattr(evaluate, "write_json", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.write_report(tmp_path, json.loads((results / "report.json").read_text()))
+    assert (tmp_path / "report.md").read_text() == (results / "report.md").read_text()
+
+
 @pytest.mark.parametrize("die_at", [0, 1, 4])
 def test_an_evaluation_that_is_killed_goes_on(run, results, tmp_path, monkeypatch, die_at):
     out = tmp_path / "killed"
