@@ -10,6 +10,13 @@ import av
 import numpy as np
 
 from videollm_mod_jax.data import files
+from videollm_mod_jax.data.display import (
+    Matrix,
+    display_matrix,
+    exif_orientation,
+    shown_size,
+    turned,
+)
 from videollm_mod_jax.errors import UserError
 
 # Containers round time stamps, Matroska to a millisecond.
@@ -57,7 +64,10 @@ def read_video(
         with av.open(location(path)) as container:
             chosen = _video_stream(container, stream, path)
             chosen.thread_type = "AUTO"
-            yield from _sample(container.decode(chosen), fps, size, path)
+            # Only a picture's file has it; FFmpeg reads such a file as a video of one frame.
+            still = container.format.name.endswith("_pipe") or container.format.name == "image2"
+            shown = _Shown(chosen, exif_orientation(path) if still else None)
+            yield from _sample(container.decode(chosen), fps, size, shown, path)
     except av.FFmpegError as error:
         advice = (
             "check the path"
@@ -149,8 +159,23 @@ def _video_stream(
     return max(streams, key=lambda s: (not s.disposition & attached, s.width * s.height, -s.index))
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """How a player shows the pictures of a stream: see `display.py`."""
+
+    stream: av.video.stream.VideoStream
+    exif: Matrix | None
+
+    def aspect(self) -> fractions.Fraction | None:
+        return self.stream.codec_context.sample_aspect_ratio or self.stream.sample_aspect_ratio
+
+
 def _sample(
-    decoded: Iterator[av.VideoFrame], fps: float, size: int | None, path: str | os.PathLike
+    decoded: Iterator[av.VideoFrame],
+    fps: float,
+    size: int | None,
+    shown: _Shown,
+    path: str | os.PathLike,
 ) -> Iterator[Frame]:
     k, first, current, sampled = 0, None, None, None
     for frame in decoded:
@@ -159,7 +184,7 @@ def _sample(
         first = frame.time if first is None else first
         while current is not None and k / fps + _TIME_TOLERANCE < frame.time - first:
             # A slow video shows one frame at several samples: it is converted once.
-            sampled = _image(current, size) if sampled is None else sampled
+            sampled = _image(current, size, shown) if sampled is None else sampled
             yield Frame(k / fps, sampled)
             k += 1
         current, sampled = frame, None
@@ -168,19 +193,18 @@ def _sample(
             f"{path}: the video has no frames; it was cut off: record or download it again"
         )
     while k / fps <= current.time - first + _TIME_TOLERANCE:
-        sampled = _image(current, size) if sampled is None else sampled
+        sampled = _image(current, size, shown) if sampled is None else sampled
         yield Frame(k / fps, sampled)
         k += 1
 
 
-def _image(frame: av.VideoFrame, size: int | None) -> np.ndarray:
-    width, height = frame.width, frame.height
+def _image(frame: av.VideoFrame, size: int | None, shown: _Shown) -> np.ndarray:
+    width, height = shown_size(frame, shown.aspect())
     if size is not None:
         scale = size / max(width, height)
         width, height = max(1, round(width * scale)), max(1, round(height * scale))
     image = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-    # Telephones store frames as the sensor lies and say how to turn them for display.
-    image = np.rot90(image, round(frame.rotation / 90))
+    image = turned(image, shown.exif or display_matrix(frame))
     if size is None:
         return np.ascontiguousarray(image)
     top, left = (size - image.shape[0]) // 2, (size - image.shape[1]) // 2
