@@ -231,3 +231,33 @@ def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
     assert [frame.time for frame in read_video("12:30 lunch.mp4", fps=2)] == [0.0, 0.5]
     assert location("12:30 lunch.mp4") == "file:12:30 lunch.mp4"
     assert location("rtsp://10.0.0.5/door") == "rtsp://10.0.0.5/door"
+
+
+def test_sound_with_a_cover_is_no_video(tmp_path):
+    path = tmp_path / "song.m4a"
+    with av.open(str(path), "w", format="mp4") as container:
+        sound = container.add_stream("aac", rate=16000)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        for packets in (cover.encode(picture), sound.encode(frame), cover.encode(), sound.encode()):
+            container.mux(packets)
+    with pytest.raises(UserError, match=r"song\.m4a: .* found sound with a cover picture; take"):
+        next(read_video(path, 2.0))
+
+
+def test_a_bare_stream_is_said_to_have_no_time_stamps(tmp_path):
+    with av.open(str(tmp_path / "a.h264"), "w", format="h264") as container:
+        stream = container.add_stream("libx264", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for image in numbered(3):
+            image = np.ascontiguousarray(image)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    with pytest.raises(
+        UserError, match=r"no time stamps, .* its 3 frames .* -framerate 25 -i FILE"
+    ):
+        next(read_video(tmp_path / "a.h264", 2.0))

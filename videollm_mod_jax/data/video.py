@@ -156,6 +156,11 @@ def _video_stream(
             "sound alone"
         )
     attached = av.stream.Disposition.attached_pic
+    if index is None and all(stream.disposition & attached for stream in streams):
+        raise UserError(
+            f"{path}: expected a video, found sound with a cover picture; take a file with moving "
+            "pictures"
+        )
     return max(streams, key=lambda s: (not s.disposition & attached, s.width * s.height, -s.index))
 
 
@@ -177,9 +182,10 @@ def _sample(
     shown: _Shown,
     path: str | os.PathLike,
 ) -> Iterator[Frame]:
-    k, first, current, sampled = 0, None, None, None
+    k, first, current, sampled, untimed = 0, None, None, None, 0
     for frame in decoded:
         if frame.pts is None:
+            untimed += 1
             continue
         first = frame.time if first is None else first
         while current is not None and k / fps + _TIME_TOLERANCE < frame.time - first:
@@ -188,6 +194,12 @@ def _sample(
             yield Frame(k / fps, sampled)
             k += 1
         current, sampled = frame, None
+    if current is None and untimed:
+        raise UserError(
+            f"{path}: the video has no time stamps, so that nobody knows when its {untimed} frames "
+            "are shown (a bare stream of a codec has none); give it some, at its rate: ffmpeg "
+            "-framerate 25 -i FILE new.mp4"
+        )
     if current is None:
         raise UserError(
             f"{path}: the video has no frames; it was cut off: record or download it again"
