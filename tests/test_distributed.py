@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -241,3 +242,27 @@ def test_flags_that_join_nothing_are_refused(arguments, variables, message, monk
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         distributed.initialize(*arguments)
+
+
+def test_a_relay_carries_bytes_and_tells_the_end_of_a_connection_from_that_of_the_coordinator():
+    gone = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        relay = coordinator.Relay(server.getsockname())
+        relay.watch(gone.set)
+        near = socket.create_connection(coordinator.parse_address(relay.address))
+        far, _ = server.accept()
+        near.sendall(b"ask")
+        assert far.recv(3) == b"ask"
+        far.sendall(b"answer")
+        assert near.recv(6) == b"answer"
+        # It refuses this connection, and listens.
+        far.close()
+        assert near.recv(1) == b""
+        assert not gone.is_set()
+        # The relay looked whether it does.
+        server.accept()[0].close()
+        again = socket.create_connection(coordinator.parse_address(relay.address))
+        last, _ = server.accept()
+    last.close()
+    assert gone.wait(10)
+    again.close()

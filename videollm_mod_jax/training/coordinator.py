@@ -134,7 +134,7 @@ class Relay:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def watch(self, gone: Callable[[], None]) -> None:
-        """Calls `gone`, in a thread, when the coordinator breaks a connection; never returns."""
+        """Has `gone`, which ends the process, called in a thread when the coordinator is gone."""
         self._gone = gone
 
     def release(self) -> None:
@@ -175,8 +175,15 @@ class Relay:
             self._end(connection.near)
 
     def _end(self, near: socket.socket) -> None:
+        """Ends a connection that the coordinator has ended."""
         if self._gone is not None:
-            self._gone()
+            # A process that is killed closes its connections one after another.
+            time.sleep(1)
+            try:
+                # It may have refused what somebody else on this machine sent.
+                socket.create_connection(self._coordinator, timeout=5).close()
+            except OSError:
+                self._gone()
         _shut(near)
 
 
